@@ -1,0 +1,112 @@
+"""The tensors that enter and leave one call of a model: the one table that every part reads.
+
+Letters as in `MegalodonConfig`, and: B rows (streams), T tokens of this call, S rows of key/value memory that the
+caller holds (0 <= S <= C), K logits positions. A call never crosses a chunk edge: (position mod C) + T <= C in every
+row. Key/value memory holds the open chunk; the call returns the new rows only and its caller writes them at
+position mod C. A row at position 0 starts a fresh stream, whatever lies in its past tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from megalodon_deploy.config import MegalodonConfig
+
+TOKENS = "tokens"  # [B, T] int64
+POSITION = "position"  # [B] int64, tokens that the row has consumed before this call
+LOGITS = "logits"  # [B, K, V] float32
+
+COMPLEX_PARTS = 2  # last axis of a CEMA state: (re, im)
+NORM_PARTS = 4  # last axis of a norm state: (mean hi, mean lo, var hi, var lo)
+
+Kind = Literal["key", "value", "cema", "norm"]
+Dim = int | str
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """One recurrent tensor: its names and shapes going in and coming out, and whether it has the activation type."""
+
+    kind: Kind
+    past: str  # input name
+    present: str  # output name
+    past_shape: tuple[Dim, ...]
+    present_shape: tuple[Dim, ...]
+    is_activation: bool  # True: the model's activation dtype; False: float32
+
+
+def _rows(kind: Kind, layer: int, heads: int, width: int) -> StateSpec:
+    past, new = ("B", heads, "S", width), ("B", heads, "T", width)
+    return StateSpec(kind, f"past_{kind}.{layer}", f"new_{kind}.{layer}", past, new, True)
+
+
+def _recurrent(kind: Kind, suffix: int | str, *dims: int) -> StateSpec:
+    shape = ("B", *dims)
+    return StateSpec(kind, f"past_{kind}.{suffix}", f"present_{kind}.{suffix}", shape, shape, False)
+
+
+def state_specs(config: MegalodonConfig) -> Iterator[StateSpec]:
+    """All state tensors in the graph's order: key, value, CEMA, norm of each layer, then the final norm."""
+    for layer in range(config.num_layers):
+        yield _rows("key", layer, config.num_heads, config.key_head_dim)
+        yield _rows("value", layer, config.num_heads, config.value_head_dim)
+        yield _recurrent("cema", layer, config.model_dim, config.cema_ndim, COMPLEX_PARTS)
+        yield _recurrent("norm", layer, config.norm_num_groups, NORM_PARTS)
+    yield _recurrent("norm", "final", config.norm_num_groups, NORM_PARTS)
+
+
+def concrete_shape(shape: tuple[Dim, ...], *, batch: int, tokens: int = 0, capacity: int = 0) -> tuple[int, ...]:
+    """Replace the letters B, T and S by numbers."""
+    sizes = {"B": batch, "T": tokens, "S": capacity}
+    return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in shape)
+
+
+def zero_state(config: MegalodonConfig, *, batch: int, capacity: int, activation: np.dtype) -> dict[str, np.ndarray]:
+    """Past tensors by input name, zero-filled; `capacity` is S."""
+    return {
+        spec.past: np.zeros(
+            concrete_shape(spec.past_shape, batch=batch, capacity=capacity),
+            activation if spec.is_activation else np.float32,
+        )
+        for spec in state_specs(config)
+    }
+
+
+def state_bytes(config: MegalodonConfig, *, activation_bytes: int, capacity: int | None = None) -> int:
+    """Bytes of one stream's state with `capacity` key/value rows (default: a full chunk)."""
+    rows = config.chunk_size if capacity is None else capacity
+    return sum(
+        int(np.prod(concrete_shape(spec.past_shape, batch=1, capacity=rows)))
+        * (activation_bytes if spec.is_activation else 4)
+        for spec in state_specs(config)
+    )
+
+
+def call_lengths(position: int, num_tokens: int, chunk_size: int) -> Iterator[int]:
+    """Lengths of the calls that feed `num_tokens` from `position` on without crossing a chunk edge."""
+    while num_tokens > 0:
+        length = min(num_tokens, chunk_size - position % chunk_size)
+        yield length
+        position += length
+        num_tokens -= length
+
+
+def split_float64(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A float64 array as two float32 arrays (hi, lo) with hi + lo = values to about 2^-48."""
+    hi = values.astype(np.float32)
+    return hi, (values - hi.astype(np.float64)).astype(np.float32)
+
+
+def pack_norm(mean: np.ndarray, var: np.ndarray) -> np.ndarray:
+    """float64 mean and variance [..., G] -> norm state [..., G, 4] float32."""
+    return np.stack([*split_float64(mean), *split_float64(var)], axis=-1)
+
+
+def unpack_norm(state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Norm state [..., G, 4] -> float64 mean and variance [..., G]."""
+    parts = state.astype(np.float64)
+    return parts[..., 0] + parts[..., 1], parts[..., 2] + parts[..., 3]

@@ -1,0 +1,49 @@
+# Two commands: `make demo` and `make test`. Both create .venv on first use and reuse it afterwards.
+# Variables: PYTHON (3.11 to 3.13), PIP_FLAGS (for example --extra-index-url of PyTorch's CPU wheels).
+
+PYTHON ?= $(firstword $(foreach python,python3 python3.13 python3.12 python3.11,\
+    $(shell $(python) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $(python))))
+PIP_FLAGS ?=
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+SOURCES := megalodon_deploy tests examples benchmarks plugins
+
+.PHONY: demo test lint types plugins package clean help
+
+help:
+	@echo "make demo     train, export, verify, build and stream a small model (about 6 minutes after set-up)"
+	@echo "make test     lint, types, C++ build, all tests"
+	@echo "make plugins  the CUDA library for TensorRT and the C ABI, in build/plugins"
+	@echo "make package  wheel and source distribution, in dist"
+
+demo: $(INSTALLED) plugins
+	$(BIN)/python examples/demo.py
+
+test: lint types plugins
+	$(BIN)/pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	git ls-files '*.cu' '*.cuh' '*.cpp' '*.h' '*.hpp' | xargs -r $(BIN)/clang-format --dry-run --Werror
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+plugins: $(INSTALLED)
+	$(BIN)/python -m megalodon_deploy.engine.toolchain build-plugins
+
+package: $(INSTALLED)
+	$(BIN)/python -m build
+
+# torch first and by name: an index that has a CPU build then serves that one, without gigabytes of CUDA packages.
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed: install it, or name it: make PYTHON=/path/to/python"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
+	    { rm -rf .venv; echo "the venv module is missing: apt-get install python3-venv"; exit 2; }
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv build dist demo

@@ -6,7 +6,6 @@ happen when it runs, so that `--help` answers at once.
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 from collections.abc import Callable

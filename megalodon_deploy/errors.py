@@ -29,6 +29,10 @@ class EngineError(UserError):
     """An engine that cannot be built, or cannot run on this machine."""
 
 
+class TrainError(UserError):
+    """Data that cannot be trained on, or a run that diverged."""
+
+
 class MissingDependencyError(UserError, ImportError):
     """An optional package that is not installed; the message names the extra that installs it."""
 

@@ -1,0 +1,26 @@
+"""Training: bytes in, a native checkpoint out.
+
+`train` needs PyTorch; the rest of this package's surface does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megalodon_deploy.errors import MissingDependencyError
+from megalodon_deploy.train.config import Measurement, TrainConfig, TrainResult, byte_model
+
+__all__ = ["Measurement", "TrainConfig", "TrainResult", "byte_model", "train"]
+
+
+def train(config: TrainConfig, *, progress: Callable[[str, float], None] | None = None) -> TrainResult:
+    """Train a byte-level model and write its checkpoint: see `megalodon_deploy.train.loop.run`."""
+    try:
+        import torch  # noqa: F401  # asked for here, so that its absence is a line and not a traceback
+    except ImportError as error:
+        raise MissingDependencyError(
+            "training needs PyTorch, which is not installed: pip install 'megalodon-deploy[train]'"
+        ) from error
+    from megalodon_deploy.train.loop import run
+
+    return run(config, progress)

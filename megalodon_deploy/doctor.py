@@ -1,0 +1,129 @@
+"""What this machine has for the path from checkpoint to stream, and what each missing part would enable."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+
+from megalodon_deploy.errors import UserError
+
+_CUDA_DRIVER_NAMES = ("libcuda.so.1", "nvcuda.dll")
+_COMPUTE_MAJOR, _COMPUTE_MINOR = 75, 76  # CUdevice_attribute values of the CUDA driver API
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One part: what was found (None: missing), and what it is for."""
+
+    part: str
+    found: str | None
+    enables: str
+    remedy: str  # what to do when it is missing
+
+    def to_dict(self) -> dict[str, str | None]:
+        return asdict(self)
+
+
+def diagnose() -> list[Finding]:
+    """Look at every part, in the order of the path. Never raises for a missing part."""
+    return [
+        Finding("Python", platform.python_version(), "everything", ""),
+        Finding("CPU", f"{platform.machine()}, {_cpu_count()} cores", "everything", ""),
+        _package("torch", "export, verify, train", "export"),
+        _package("onnx-ir", "export", "export"),
+        _package(("onnxruntime", "onnxruntime-gpu"), "generate, verify, bench", "cpu"),
+        _package("polygraphy", "build, verify", "build"),
+        _package("tensorrt-rtx-cu13", "build --target tensorrt-rtx", "build"),
+        _package(("tensorrt-cu13", "tensorrt"), "build --target tensorrt", "tensorrt"),
+        _package("sentencepiece", "SentencePiece tokenizers", "sentencepiece"),
+        Finding("CUDA driver", _cuda_driver(), "running engines", "install NVIDIA's driver"),
+        Finding("GPU", _gpus(), "running engines", "none is visible to the CUDA driver"),
+        Finding("nvcc", _nvcc(), "compiling the plugin library", _extra("cuda-compiler")),
+        Finding("TensorRT headers", _tensorrt_headers(), "compiling the plugin library", "set TENSORRT_ROOT"),
+        Finding("plugin library", _plugin_library(), "build with our plugins", "make plugins"),
+    ]
+
+
+def _cpu_count() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _extra(extra: str) -> str:
+    return f"pip install 'megalodon-deploy[{extra}]'"
+
+
+def _package(names: str | tuple[str, ...], enables: str, extra: str) -> Finding:
+    names = (names,) if isinstance(names, str) else names
+    for name in names:
+        try:
+            return Finding(name, metadata.version(name), enables, "")
+        except metadata.PackageNotFoundError:
+            continue
+    return Finding(names[0], None, enables, _extra(extra))
+
+
+def _load_cuda_driver() -> ctypes.CDLL | None:
+    for name in _CUDA_DRIVER_NAMES:
+        try:
+            driver = ctypes.CDLL(name)
+        except OSError:
+            continue
+        return driver if driver.cuInit(0) == 0 else None
+    return None
+
+
+def _cuda_driver() -> str | None:
+    driver = _load_cuda_driver()
+    version = ctypes.c_int()
+    if driver is None or driver.cuDriverGetVersion(ctypes.byref(version)):
+        return None
+    return f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
+
+
+def _gpus() -> str | None:
+    driver = _load_cuda_driver()
+    count = ctypes.c_int()
+    if driver is None or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        return None
+    return ", ".join(_gpu(driver, index) for index in range(count.value))
+
+
+def _gpu(driver: ctypes.CDLL, index: int) -> str:
+    device, name = ctypes.c_int(), ctypes.create_string_buffer(128)
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    driver.cuDeviceGet(ctypes.byref(device), index)
+    driver.cuDeviceGetName(name, len(name), device)
+    driver.cuDeviceGetAttribute(ctypes.byref(major), _COMPUTE_MAJOR, device)
+    driver.cuDeviceGetAttribute(ctypes.byref(minor), _COMPUTE_MINOR, device)
+    return f"{name.value.decode()} (sm_{major.value}{minor.value})"
+
+
+def _or_missing(find: Callable[[], object]) -> str | None:
+    try:
+        found = find()
+    except UserError:
+        return None
+    return None if found is None else str(found)
+
+
+def _nvcc() -> str | None:
+    from megalodon_deploy.engine.toolchain import find_nvcc
+
+    return _or_missing(find_nvcc)
+
+
+def _tensorrt_headers() -> str | None:
+    from megalodon_deploy.engine.toolchain import find_tensorrt_headers
+
+    return _or_missing(find_tensorrt_headers)
+
+
+def _plugin_library() -> str | None:
+    from megalodon_deploy.engine.library import find_plugin_library
+
+    return _or_missing(find_plugin_library)

@@ -1,0 +1,118 @@
+"""One block: gated attention over a moving average, then a feed-forward layer with a two-hop residual.
+
+Shapes: B rows, T tokens, D channels, H heads, Z and E all heads' key and value width, F feed-forward width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from megalodon_deploy.config import MegalodonConfig
+from megalodon_deploy.model.attention import Attend, Rotation
+from megalodon_deploy.model.layers import ComplexEMA, LayerNorm, RMSNorm, TimestepNorm, rms_norm
+
+
+class LayerState(NamedTuple):
+    """One layer's recurrent tensors, past or present. A present holds the call's own key/value rows only."""
+
+    key: Tensor  # [B, H, S or T, dz]
+    value: Tensor  # [B, H, S or T, dv]
+    cema: Tensor  # [B, D, N, 2]
+    norm: Tensor  # [B, G, 4]
+
+
+class Call(NamedTuple):
+    """What all layers of one call share."""
+
+    position: Tensor  # [B]
+    rotation: Rotation
+    attend: Attend
+
+
+def _linear(in_dim: int, out_dim: int, *, bias: bool) -> nn.Linear:
+    """The released "he" initialisation: std 1/sqrt(3 fan_in), biases 0."""
+    linear = nn.Linear(in_dim, out_dim, bias=bias)
+    nn.init.kaiming_normal_(linear.weight, a=math.sqrt(5))
+    if bias:
+        nn.init.zeros_(linear.bias)
+    return linear
+
+
+class GatedAttention(nn.Module):
+    """The released `mega` part of a layer: x + attention."""
+
+    def __init__(self, config: MegalodonConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.key_head_dim = config.key_head_dim
+        self.eps = config.norm_eps
+        dim = config.model_dim
+        self.timenorm = TimestepNorm(config)
+        self.cema = ComplexEMA(config)
+        self.rmsnorm = RMSNorm(config)
+        self.wz = _linear(dim, config.z_dim, bias=True)
+        self.wv = _linear(dim, config.value_dim, bias=True)
+        self.wr = _linear(dim, config.value_dim, bias=True)
+        self.wh1 = _linear(dim, dim, bias=True)
+        self.wh2 = _linear(config.value_dim, dim, bias=False)
+        self.gamma = nn.Parameter(torch.zeros(2, config.z_dim))
+        self.beta = nn.Parameter(torch.zeros(2, config.z_dim))
+
+    def _queries_and_keys(self, m_BTD: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """Rotated [B, H, T, dz] each."""
+        heads = (self.num_heads, self.key_head_dim)
+        z_BTHd = rms_norm(self.wz(m_BTD).view(*m_BTD.shape[:2], *heads), None, self.eps)
+        scale_2Hd = ((self.gamma + 1) / math.sqrt(self.key_head_dim)).view(2, *heads)
+        both = torch.addcmul(self.beta.view(2, *heads), z_BTHd.unsqueeze(2), scale_2Hd)
+        q_BTHd, k_BTHd = rotation(both).unbind(2)
+        return q_BTHd.transpose(1, 2), k_BTHd.transpose(1, 2)
+
+    def forward(self, x_BTD: Tensor, past: LayerState, call: Call) -> tuple[Tensor, LayerState]:
+        u_BTD, norm = self.timenorm(x_BTD, past.norm, call.position)
+        averaged, cema = self.cema(u_BTD, past.cema, call.position)
+        m_BTD = self.rmsnorm(averaged)
+        q_BHTd, k_BHTd = self._queries_and_keys(m_BTD, call.rotation)
+        v_BTE = functional.silu(self.wv(u_BTD))
+        v_BHTe = v_BTE.view(*v_BTE.shape[:2], self.num_heads, -1).transpose(1, 2)
+        attended = call.attend(q_BHTd, k_BHTd, v_BHTe, past.key, past.value).transpose(1, 2).flatten(2)
+        gated_BTE = attended * functional.silu(self.wr(m_BTD))
+        y_BTD = x_BTD + self.wh1(m_BTD) + self.wh2(gated_BTE)
+        return y_BTD, LayerState(k_BHTd, v_BHTe, cema, norm)
+
+
+class FeedForward(nn.Module):
+    """The released `nffn` part of a layer, without its residual."""
+
+    def __init__(self, config: MegalodonConfig, layer: int) -> None:
+        super().__init__()
+        self.norm = LayerNorm(config)
+        self.fc1 = _linear(config.model_dim, config.ffn_hidden_dim, bias=False)
+        self.fc2 = _linear(config.ffn_hidden_dim, config.model_dim, bias=False)
+        self.fc3 = _linear(config.model_dim, config.ffn_hidden_dim, bias=False) if config.swiglu else None
+        self.alpha = nn.Parameter(torch.full((config.model_dim,), 0.1 * 0.5**layer)) if config.rescale_nffn else None
+
+    def forward(self, y_BTD: Tensor) -> Tensor:
+        n_BTD = self.norm(y_BTD)
+        hidden_BTF = functional.silu(self.fc1(n_BTD))
+        if self.fc3 is not None:
+            hidden_BTF = hidden_BTF * self.fc3(n_BTD)
+        out_BTD: Tensor = self.fc2(hidden_BTF)
+        return out_BTD if self.alpha is None else out_BTD * self.alpha
+
+
+class Block(nn.Module):
+    """Both parts. The second hop adds the feed-forward output to the block's input, not to the attention's output."""
+
+    def __init__(self, config: MegalodonConfig, layer: int) -> None:
+        super().__init__()
+        self.mega = GatedAttention(config)
+        self.nffn = FeedForward(config, layer)
+
+    def forward(self, x_BTD: Tensor, past: LayerState, call: Call) -> tuple[Tensor, LayerState]:
+        y_BTD, present = self.mega(x_BTD, past, call)
+        return x_BTD + self.nffn(y_BTD), present

@@ -1,0 +1,132 @@
+"""The model: tokens and state in, logits and state out.
+
+Shapes: B rows, T tokens, V vocabulary, D channels. Names of state tensors are those of `megalodon_deploy.state`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from megalodon_deploy.config import MegalodonConfig
+from megalodon_deploy.model.attention import Attend, OneChunk, Rotation, plan_attention
+from megalodon_deploy.model.block import Block, Call, LayerState
+from megalodon_deploy.model.layers import TimestepNorm
+from megalodon_deploy.model.model_state import ModelState
+
+__all__ = ["Megalodon", "ModelState"]
+
+_FINAL_NORM = "norm.final"
+
+
+def _scaled_normal(weight: Tensor) -> None:
+    """Truncated normal of std 1/sqrt(D), three deviations wide."""
+    std = 1 / math.sqrt(weight.shape[-1])
+    nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+
+
+class Output(nn.Module):
+    """Final norm and, unless the embedding serves, the output matrix."""
+
+    def __init__(self, config: MegalodonConfig) -> None:
+        super().__init__()
+        self.final_norm = TimestepNorm(config)
+        self.output: nn.Linear | None = None
+        if not config.share_emb:
+            self.output = nn.Linear(config.model_dim, config.vocab_size, bias=False)
+            _scaled_normal(self.output.weight)
+
+
+class Megalodon(nn.Module):
+    """A Megalodon language model, initialised as released.
+
+    `state_dict()` has the names of `parameters.parameter_specs(config)`. `model.to(torch.bfloat16)` and the like
+    convert the activations and the matrices; norms, CEMA coefficients and recurrent state stay float32. A float64
+    model computes everything, state included, in float64.
+    """
+
+    def __init__(self, config: MegalodonConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.model_dim)
+        _scaled_normal(self.embed.weight)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.output = Output(config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations, and of key/value memory."""
+        return self.embed.weight.dtype
+
+    def initial_state(self, batch: int) -> ModelState:
+        """The state of `batch` streams that have consumed nothing."""
+        return ModelState.zeros(self.config, batch, dtype=self.dtype, device=self.embed.weight.device)
+
+    def forward(self, tokens_BT: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
+        """Logits [B, T, V] (float32; float64 in a float64 model) of T >= 1 tokens, and the state after them.
+
+        Rows may be at different positions and T may cross any number of chunk edges. Rows of `state` at position 0
+        start afresh whatever their tensors hold. Gradients flow through the state; `state.detach()` cuts them.
+        """
+        if tokens_BT.ndim != 2 or tokens_BT.shape[1] == 0:
+            raise ValueError(f"tokens have shape {list(tokens_BT.shape)}; expected [B, T] with T >= 1")
+        batch, num_tokens = tokens_BT.shape
+        if state is None:
+            state, positions = self.initial_state(batch), [0] * batch
+        else:
+            positions = state.position.tolist()
+        if len(positions) != batch:
+            raise ValueError(f"tokens have {batch} rows, the state has {len(positions)}")
+        attend = plan_attention(positions, num_tokens, self.config.chunk_size, tokens_BT.device)
+        logits_BTV, present = self._run(tokens_BT, state.position, state.tensors, attend)
+        return logits_BTV, state.advance(present, positions, num_tokens, self.config.chunk_size)
+
+    def forward_one_chunk(
+        self, tokens_BT: Tensor, position_B: Tensor, past: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One call as the exported graph makes it, traceable: no row crosses a chunk edge.
+
+        Args:
+            tokens_BT, position_B: int64, with (position mod C) + T <= C in every row (not checked).
+            past: tensors by the input names of `state.state_specs`; key/value memory of any capacity S.
+
+        Returns:
+            Logits [B, T, V], and new key/value rows and present tensors by the output names of `state.state_specs`.
+        """
+        attend = OneChunk(position_B % self.config.chunk_size)
+        logits_BTV, present = self._run(tokens_BT, position_B, past, attend)
+        return logits_BTV, {_output_name(name): tensor for name, tensor in present.items()}
+
+    def _run(
+        self, tokens_BT: Tensor, position_B: Tensor, past: Mapping[str, Tensor], attend: Attend
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits, and what the call adds to the state, by the names of `past`."""
+        config = self.config
+        x_BTD = self.embed(tokens_BT)
+        if config.scale_emb:
+            x_BTD = x_BTD * math.sqrt(config.model_dim)
+        in_chunk_BT = (
+            position_B.unsqueeze(-1) + torch.arange(tokens_BT.shape[1], device=x_BTD.device)
+        ) % config.chunk_size
+        rotation = Rotation.at(in_chunk_BT, config.key_head_dim, config.rope_base, x_BTD.dtype)
+        call = Call(position_B, rotation, attend)
+        present: dict[str, Tensor] = {}
+        for i, layer in enumerate(self.layers):
+            names = [f"past_{kind}.{i}" for kind in LayerState._fields]
+            x_BTD, added = layer(x_BTD, LayerState(*(past[name] for name in names)), call)
+            present.update(zip(names, added, strict=True))
+        final = f"past_{_FINAL_NORM}"
+        x_BTD, present[final] = self.output.final_norm(x_BTD, past[final], position_B)
+        matrix = self.embed.weight if self.output.output is None else self.output.output.weight
+        logits_BTV = functional.linear(x_BTD, matrix)
+        return logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32)), present
+
+
+def _output_name(past_name: str) -> str:
+    """`past_key.0` -> `new_key.0`, `past_norm.0` -> `present_norm.0`."""
+    kind = past_name.removeprefix("past_")
+    return ("new_" if kind.startswith(("key", "value")) else "present_") + kind

@@ -15,11 +15,12 @@ from typing import Any, TypeVar
 import click
 
 from megalodon_deploy import __version__
-from megalodon_deploy.console import format_bytes, progress_bar
+from megalodon_deploy.console import format_bytes, print_table, progress_bar
 from megalodon_deploy.errors import CheckFailedError, UserError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 EXISTING = click.Path(exists=True, path_type=Path)
+OUTPUT = click.Path(path_type=Path)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print machine-readable results on stdout.")
 bundle_argument = click.argument("bundle_path", metavar="BUNDLE", type=EXISTING)
 
@@ -62,16 +63,47 @@ def _echo_json(document: Any) -> None:
 
 
 @cli.command()
+@click.option("--data", required=True, multiple=True, type=EXISTING, help="File or directory of text; repeatable.")
+@click.option("--out", required=True, type=OUTPUT, help="Checkpoint directory to write.")
+@click.option("--glob", help="Files taken in a directory; default: **/*.py.")
+@click.option("--exclude", multiple=True, help="Name of files and directories to leave out; repeatable, wildcards.")
+@click.option("--steps", type=int, help="Length of the run in steps; or:")
+@click.option("--minutes", type=float, help="Length of the run in minutes.")
+@click.option("--preset", help="A published model's dimensions, at vocabulary 256.")
+@click.option("--layers", type=int)
+@click.option("--dim", type=int, help="Model width D; the other widths follow.")
+@click.option("--heads", type=int)
+@click.option("--chunk-size", type=int)
+@click.option("--batch-size", type=int, help="Windows of a step.")
+@click.option("--seq-len", type=int, help="Tokens of a window.")
+@click.option("--lr", "learning_rate", type=float, help="Peak learning rate.")
+@click.option("--seed", type=int)
+@click.option("--threads", type=int)
+@click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint.")
+@json_option
+def train(as_json: bool, **options: Any) -> None:
+    """Train a byte-level model on text and write its checkpoint."""
+    from megalodon_deploy.train import TrainConfig, byte_model
+    from megalodon_deploy.train import train as run_training
+
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    shape = {name: given.pop(name) for name in ("preset", "layers", "dim", "heads", "chunk_size") if name in given}
+    with progress_bar("train") as progress:
+        result = run_training(TrainConfig(model=byte_model(**shape), **given), progress=progress)
+    if as_json:
+        _echo_json(result.to_dict())
+    else:
+        loss = "not measured" if result.held_out_loss is None else f"{result.held_out_loss:.3f} nats/byte"
+        click.echo(f"{result.path}: {result.num_parameters:,} parameters, {result.steps} steps, held-out loss {loss}")
+    if result.interrupted:
+        _stop(f"interrupted after {result.steps} steps; the checkpoint is saved", 130)
+
+
+@cli.command()
 @click.option("--ckpt", required=True, type=EXISTING, help="Checkpoint: a directory or a file, any supported layout.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Bundle directory to write.")
+@click.option("--out", required=True, type=OUTPUT, help="Bundle directory to write.")
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
-@click.option(
-    "--logits",
-    type=click.Choice(["last", "all"]),
-    default="last",
-    show_default=True,
-    help="Positions that return logits.",
-)
+@click.option("--logits", type=click.Choice(["last", "all"]), default="last", show_default=True, help="Positions.")
 @click.option("--name", help="Name of the model in the bundle; default: the directory's.")
 @click.option("--tokenizer", type=EXISTING, help="tokenizer.json or SentencePiece model; default: the checkpoint's.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
@@ -81,15 +113,95 @@ def export(ckpt: Path, out: Path, as_json: bool, **options: Any) -> None:
     from megalodon_deploy.export import export_checkpoint
     from megalodon_deploy.inspection import inspect_bundle
 
-    with progress_bar("export", quiet=as_json) as progress:
+    with progress_bar("export") as progress:
         bundle = export_checkpoint(ckpt, out, progress=progress, **options)
     report = inspect_bundle(bundle)
     if as_json:
         _echo_json(report)
     else:
-        click.echo(
-            f"{out}: {report['num_parameters']:,} parameters, {format_bytes(report['weights_bytes'])} of weights"
+        weights = format_bytes(report["weights_bytes"])
+        click.echo(f"{out}: {report['num_parameters']:,} parameters, {weights} of weights, {report['precision']}")
+
+
+@cli.command()
+@bundle_argument
+@click.option("--target", type=click.Choice(["tensorrt-rtx", "tensorrt"]), default="tensorrt-rtx", show_default=True)
+@click.option("--sm", metavar="LIST", help="Compute capabilities, like 80,86,89,120 (tensorrt-rtx).")
+@click.option("--no-plugins", is_flag=True, help="Standard operators only, without our CUDA kernels.")
+@click.option("--max-batch", type=int, default=1, show_default=True, help="Most streams in one call.")
+@click.option("--overwrite", is_flag=True, help="Replace the engine of the same name.")
+@json_option
+def build(bundle_path: Path, target: str, sm: str | None, no_plugins: bool, as_json: bool, **options: Any) -> None:
+    """Build a TensorRT engine into the bundle."""
+    from megalodon_deploy.bundle import open_bundle
+    from megalodon_deploy.engine import build_engine
+    from megalodon_deploy.engine.targets import parse_capabilities
+
+    capabilities = None if sm is None else parse_capabilities(sm)
+    with progress_bar("build") as progress:
+        info = build_engine(
+            open_bundle(bundle_path),
+            target=target,
+            sm=capabilities,
+            plugins=not no_plugins,
+            progress=progress,
+            **options,
         )
+    if as_json:
+        click.echo(info.to_json(), nl=False)
+    else:
+        size, memory = format_bytes(info.engine.size_bytes), format_bytes(info.peak_memory_bytes)
+        click.echo(f"{bundle_path / 'engines' / info.id}: {size}, built in {info.build_seconds:.1f} s, peak {memory}")
+
+
+@cli.command()
+@bundle_argument
+@click.option("--ckpt", type=EXISTING, help="The checkpoint; proves the weights' way into the bundle too.")
+@json_option
+def verify(bundle_path: Path, ckpt: Path | None, as_json: bool) -> None:
+    """Compare the bundle with PyTorch, call by call, across chunk edges. Exit code 1 on a miss."""
+    from megalodon_deploy.bundle import open_bundle
+    from megalodon_deploy.verify import verify_bundle
+
+    with progress_bar("verify") as progress:
+        report = verify_bundle(open_bundle(bundle_path, verify_hashes=True), ckpt=ckpt, progress=progress)
+    if as_json:
+        _echo_json(report.to_dict())
+    else:
+        print_table(report.table_rows(), header=report.table_header())
+        for line in report.notes():
+            click.echo(line)
+    if not report.passed:
+        raise CheckFailedError(f"{bundle_path}: {report.verdict()}")
+
+
+@cli.command()
+@bundle_argument
+@json_option
+def inspect(bundle_path: Path, as_json: bool) -> None:
+    """Show what a bundle holds: sizes, state of one stream, engines, origin."""
+    from megalodon_deploy.bundle import open_bundle
+    from megalodon_deploy.inspection import inspect_bundle, inspection_rows
+
+    report = inspect_bundle(open_bundle(bundle_path))
+    if as_json:
+        _echo_json(report)
+    else:
+        print_table(inspection_rows(report))
+
+
+@cli.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Show what this machine has, and what each missing part would enable."""
+    from megalodon_deploy.doctor import diagnose
+
+    findings = diagnose()
+    if as_json:
+        _echo_json([finding.to_dict() for finding in findings])
+    else:
+        rows = [(f.part, f.found or "missing", f.enables, "" if f.found else f.remedy) for f in findings]
+        print_table(rows, header=("part", "found", "enables", "to get it"))
 
 
 if __name__ == "__main__":

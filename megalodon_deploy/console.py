@@ -10,11 +10,8 @@ Progress = Callable[[str, float], None]
 
 
 @contextmanager
-def progress_bar(title: str, *, quiet: bool = False) -> Iterator[Progress | None]:
+def progress_bar(title: str) -> Iterator[Progress]:
     """Yield a `progress(stage, fraction)` callback that draws on stderr; a line per stage where that is no terminal."""
-    if quiet:
-        yield None
-        return
     if not sys.stderr.isatty():
         yield _stage_printer(title)
         return

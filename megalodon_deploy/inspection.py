@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from megalodon_deploy.bundle import ENGINE_FILE, ENGINE_INFO_FILE, WEIGHTS_FILE, Bundle
+from megalodon_deploy.bundle import WEIGHTS_FILE, Bundle
+from megalodon_deploy.console import format_bytes
+from megalodon_deploy.engine.info import list_engines
 from megalodon_deploy.parameters import num_parameters
 from megalodon_deploy.state import state_bytes
 
@@ -31,12 +33,29 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
             "without_key_value_rows": state_bytes(config, activation_bytes=activation_bytes, capacity=0),
         },
         "files": {path: entry.size_bytes for path, entry in manifest.files.items()},
-        "engines": [_engine(directory) for directory in bundle.engine_dirs()],
+        "engines": [json.loads(info.to_json()) for info in list_engines(bundle)],
         "source": dict(manifest.source),
         "tools": dict(manifest.tools),
     }
 
 
-def _engine(directory: Any) -> dict[str, Any]:
-    info = json.loads((directory / ENGINE_INFO_FILE).read_text(encoding="utf-8"))
-    return {"id": directory.name, "size_bytes": (directory / ENGINE_FILE).stat().st_size, "info": info}
+def inspection_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """The report for people: (what, value)."""
+    config, state = report["config"], report["state_bytes_per_stream"]
+    dims = f"{config['num_layers']} layers, D {config['model_dim']}, {config['num_heads']} heads"
+    return [
+        ("model", f"{report['name']}: {dims}, chunk {config['chunk_size']}, vocabulary {config['vocab_size']:,}"),
+        ("parameters", f"{report['num_parameters']:,}"),
+        ("weights", f"{format_bytes(report['weights_bytes'])}, {report['precision']}"),
+        ("state per stream", f"{format_bytes(state['full_chunk'])} with a full chunk of keys and values"),
+        ("", f"{format_bytes(state['without_key_value_rows'])} without"),
+        ("tokenizer", report["tokenizer"]),
+        ("logits", f"{report['logits']} position" + ("s" if report["logits"] == "all" else "")),
+        *[
+            ("engine", f"{engine['id']}: {format_bytes(engine['engine']['size_bytes'])}")
+            for engine in report["engines"]
+        ],
+        ("source", ", ".join(f"{key} {value[:60]}" for key, value in report["source"].items())),
+        ("written by", ", ".join(f"{tool} {version}" for tool, version in report["tools"].items())),
+        ("fingerprint", report["fingerprint"][:16]),
+    ]

@@ -21,7 +21,16 @@ POSITION = "position"  # [B] int64, tokens that the row has consumed before this
 LOGITS = "logits"  # [B, K, V] float32
 
 COMPLEX_PARTS = 2  # last axis of a CEMA state: (re, im)
+RE, IM = range(COMPLEX_PARTS)
 NORM_PARTS = 4  # last axis of a norm state: (mean hi, mean lo, var hi, var lo)
+MEAN_HI, MEAN_LO, VAR_HI, VAR_LO = range(NORM_PARTS)
+
+OPERATOR_DOMAIN = "megalodon"  # of the ONNX operators, which are also the plugins
+OPERATOR_VERSION = 1
+COMPLEX_EMA = "ComplexEMA"
+TIMESTEP_NORM = "TimestepNorm"
+EPSILON = "epsilon"  # TimestepNorm's attribute
+DEFAULT_EPSILON = 1e-5
 
 Kind = Literal["key", "value", "cema", "norm"]
 Dim = int | str

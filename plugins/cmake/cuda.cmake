@@ -1,0 +1,30 @@
+# libmegalodon: kernels for every GPU from Turing on, TensorRT plugins, C interface.
+
+if(NOT CMAKE_CUDA_ARCHITECTURES)
+    set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 86-real 87-real 89-real 90-real 100-real 103-real 110-real 120-real
+        121-real 120-virtual)
+endif()
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+enable_language(CUDA)
+
+if(NOT EXISTS ${MEGALODON_TENSORRT_INCLUDE}/NvInferRuntime.h)
+    message(FATAL_ERROR "NvInferRuntime.h is not in MEGALODON_TENSORRT_INCLUDE = '${MEGALODON_TENSORRT_INCLUDE}'")
+endif()
+
+megalodon_shared_library(megalodon c_api/c_api.cpp ${KERNEL_SOURCES} ${PLUGIN_SOURCES})
+target_compile_options(megalodon PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra>)
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.9)
+    target_compile_options(megalodon PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--compress-mode=size>)
+endif()
+target_include_directories(megalodon SYSTEM PRIVATE ${MEGALODON_TENSORRT_INCLUDE}
+    ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+
+add_library(megalodon_register SHARED register/register.cpp)
+target_link_libraries(megalodon_register PRIVATE megalodon ${CMAKE_DL_LIBS})
+target_compile_options(megalodon_register PRIVATE -Wall -Wextra)
+target_include_directories(megalodon_register SYSTEM PRIVATE ${MEGALODON_TENSORRT_INCLUDE}
+    ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+set_target_properties(megalodon_register PROPERTIES BUILD_RPATH "$ORIGIN" INSTALL_RPATH "$ORIGIN")

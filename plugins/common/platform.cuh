@@ -1,0 +1,29 @@
+// CUDA, or its emulation on the CPU: kernels and launchers take both from here and name neither.
+#pragma once
+
+#include <cstdint>
+
+#ifdef MEGALODON_EMULATE
+#include "emulation/cuda.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+// An array in the block's shared memory. The emulation fills it with NaN before each block.
+#define MGD_SHARED(Type, name, count) __shared__ Type name[count]
+
+namespace megalodon {
+
+/// Starts `kernel` and returns the error of the launch itself; an error of the run shows at the next synchronisation.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_kernel(void (*kernel)(Parameters...), int64_t num_blocks, int block_threads, cudaStream_t stream,
+                          Arguments... arguments) {
+    kernel<<<static_cast<unsigned>(num_blocks), block_threads, 0, stream>>>(arguments...);
+    return cudaGetLastError();
+}
+
+}  // namespace megalodon
+
+#endif

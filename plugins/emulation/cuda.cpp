@@ -1,0 +1,212 @@
+#include "emulation/cuda.h"
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <vector>
+
+namespace megalodon::emulation {
+
+Index thread_index, block_index, block_size, grid_size;
+
+namespace {
+
+constexpr size_t kStackBytes = 64 * 1024;
+constexpr int kWarpSize = 32;
+constexpr uint64_t kNanBits = ~uint64_t{0};  // NaN as float, as double and as two floats
+
+enum class Wait { kNothing, kBarrier, kExchange, kDone };
+
+/// One CUDA thread.
+struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack = std::make_unique<char[]>(kStackBytes);
+    Wait wait = Wait::kNothing;
+    unsigned mask = 0;
+    int source_lane = 0;
+    uint64_t bits = 0;  // given before an exchange, got after it
+};
+
+struct SharedMemory {
+    void* memory;
+    size_t size_bytes;
+};
+
+/// The one block that runs. Guarded by the mutex of run_grid.
+struct Machine {
+    std::vector<Fiber> fibers;  // kept from one block to the next: their stacks are
+    int num_threads = 0;
+    int current = 0;
+    ucontext_t scheduler;
+    const std::function<void()>* thread = nullptr;
+    std::vector<SharedMemory> shared;
+    int64_t order = 0;
+    std::mt19937_64 random;
+};
+
+Machine machine;
+
+void yield_until(Wait wait) {
+    Fiber& fiber = machine.fibers[machine.current];
+    fiber.wait = wait;
+    swapcontext(&fiber.context, &machine.scheduler);
+}
+
+void fiber_main() {
+    (*machine.thread)();
+    yield_until(Wait::kDone);
+}
+
+void prepare_fiber(Fiber& fiber) {
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, fiber_main, 0);
+    fiber.wait = Wait::kNothing;
+}
+
+/// Indices 0..count-1 in the order that mgd_emulate_order chose.
+std::vector<int64_t> ordered(int64_t count) {
+    std::vector<int64_t> indices(count);
+    std::iota(indices.begin(), indices.end(), 0);
+    if (machine.order == 1) std::reverse(indices.begin(), indices.end());
+    if (machine.order > 1) std::shuffle(indices.begin(), indices.end(), machine.random);
+    return indices;
+}
+
+/// Runs every thread that waits for nothing up to its next wait; false if there was none.
+bool run_ready_threads() {
+    bool has_run = false;
+    for (const int64_t thread : ordered(machine.num_threads)) {
+        if (machine.fibers[thread].wait != Wait::kNothing) continue;
+        machine.current = static_cast<int>(thread);
+        thread_index.x = static_cast<unsigned>(thread);
+        swapcontext(&machine.scheduler, &machine.fibers[thread].context);
+        has_run = true;
+    }
+    return has_run;
+}
+
+bool all_wait_for(Wait wait) {
+    const auto waits = [wait](const Fiber& fiber) { return fiber.wait == wait; };
+    return std::all_of(machine.fibers.begin(), machine.fibers.begin() + machine.num_threads, waits);
+}
+
+/// Completes an exchange of the warp whose first thread is `first`, if all lanes of its mask are there and agree.
+bool finish_exchange(int first) {
+    const int num_lanes = std::min(kWarpSize, machine.num_threads - first);
+    Fiber* lanes = &machine.fibers[first];
+    for (int lane = 0; lane < num_lanes; ++lane) {
+        if (lanes[lane].wait != Wait::kExchange) continue;
+        const unsigned mask = lanes[lane].mask;
+        uint64_t given[kWarpSize];
+        std::fill(std::begin(given), std::end(given), kNanBits);
+        bool complete = mask >> lane & 1;
+        for (int other = 0; other < kWarpSize; ++other) {
+            if (!(mask >> other & 1)) continue;
+            complete =
+                complete && other < num_lanes && lanes[other].wait == Wait::kExchange && lanes[other].mask == mask;
+            if (complete) given[other] = lanes[other].bits;
+        }
+        if (!complete) continue;
+        for (int other = 0; other < num_lanes; ++other) {
+            if (!(mask >> other & 1)) continue;
+            const int source = lanes[other].source_lane;
+            lanes[other].bits = source >= 0 && source < kWarpSize ? given[source] : kNanBits;
+            lanes[other].wait = Wait::kNothing;
+        }
+        return true;
+    }
+    return false;
+}
+
+bool finish_exchanges() {
+    bool any = false;
+    for (int first = 0; first < machine.num_threads; first += kWarpSize) {
+        any = finish_exchange(first) || any;
+    }
+    return any;
+}
+
+/// Runs one block to its end; false when its threads wait for each other for ever.
+bool run_block() {
+    for (const SharedMemory& shared : machine.shared) {
+        std::memset(shared.memory, 0xff, shared.size_bytes);
+    }
+    for (int thread = 0; thread < machine.num_threads; ++thread) {
+        prepare_fiber(machine.fibers[thread]);
+    }
+    while (!all_wait_for(Wait::kDone)) {
+        const bool has_run = run_ready_threads();
+        const bool has_exchanged = finish_exchanges();
+        if (all_wait_for(Wait::kBarrier)) {
+            for (int thread = 0; thread < machine.num_threads; ++thread) {
+                machine.fibers[thread].wait = Wait::kNothing;
+            }
+        } else if (!has_run && !has_exchanged) {
+            return false;
+        }
+    }
+    return true;
+}
+
+std::mutex& machine_mutex() {
+    static std::mutex mutex;
+    return mutex;
+}
+
+}  // namespace
+
+void synchronise_threads() {
+    yield_until(Wait::kBarrier);
+}
+
+int current_lane() {
+    return machine.current % kWarpSize;
+}
+
+uint64_t exchange(unsigned mask, uint64_t bits, int source_lane) {
+    Fiber& fiber = machine.fibers[machine.current];
+    fiber.mask = mask;
+    fiber.bits = bits;
+    fiber.source_lane = source_lane;
+    yield_until(Wait::kExchange);
+    return fiber.bits;
+}
+
+void register_shared(void* memory, size_t size_bytes) {
+    machine.shared.push_back({memory, size_bytes});
+    std::memset(memory, 0xff, size_bytes);
+}
+
+cudaError_t run_grid(int64_t num_blocks, int block_threads, const std::function<void()>& thread) {
+    const std::lock_guard<std::mutex> lock(machine_mutex());
+    machine.num_threads = block_threads;
+    machine.thread = &thread;
+    if (machine.fibers.size() < static_cast<size_t>(block_threads)) machine.fibers.resize(block_threads);
+    grid_size.x = static_cast<unsigned>(num_blocks);
+    block_size.x = static_cast<unsigned>(block_threads);
+    for (const int64_t block : ordered(num_blocks)) {
+        block_index.x = static_cast<unsigned>(block);
+        if (!run_block()) return cudaErrorLaunchFailure;
+    }
+    return cudaSuccess;
+}
+
+}  // namespace megalodon::emulation
+
+const char* cudaGetErrorString(cudaError_t error) {
+    return error == cudaSuccess ? "no error" : "emulation: threads wait for each other, or a shuffle's lanes disagree";
+}
+
+/// Order of the threads and blocks of later launches: 0 ascending, 1 descending, any other number seeds a random one.
+extern "C" __attribute__((visibility("default"))) void mgd_emulate_order(int64_t order) {
+    const std::lock_guard<std::mutex> lock(megalodon::emulation::machine_mutex());
+    megalodon::emulation::machine.order = order;
+    megalodon::emulation::machine.random.seed(static_cast<uint64_t>(order));
+}

@@ -1,0 +1,92 @@
+/* The C interface of libmegalodon: Megalodon's two recurrent operators on raw device pointers.
+ *
+ * Every tensor is dense and row-major. B rows (streams), T tokens of this call, D channels, N complex modes of a
+ * channel, G normalisation groups of D / G channels. An activation has the type named by `dtype`; states, positions and
+ * coefficients have the types written here whatever the activations are. State layouts: megalodon/state_layout.h.
+ *
+ * A row whose position is 0 starts a fresh stream: nothing of its past state is used, so NaN there has no effect.
+ * The present state never shares memory with the past state: past is left as it was.
+ *
+ * Calls enqueue work on `stream` (a cudaStream_t; NULL is the default stream) of the calling thread's current device
+ * and return at once. Pointers must stay valid until the stream has passed. All functions are thread-safe, none throws.
+ * A call with B, T or D equal to 0 is valid; with T = 0 the present state is the past state (zero in fresh rows).
+ */
+#ifndef MEGALODON_MEGALODON_H
+#define MEGALODON_MEGALODON_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define MGD_API __attribute__((visibility("default")))
+#else
+#define MGD_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Raised by one whenever a function's meaning or arguments change. */
+#define MGD_ABI_VERSION 1
+
+/* Largest number of complex modes N of a channel. */
+#define MGD_MAX_MODES 256
+
+/* Type of the activations x and y. */
+enum mgd_dtype { MGD_FLOAT32 = 0, MGD_FLOAT16 = 1, MGD_BFLOAT16 = 2 };
+
+/* What the functions return. MGD_CUDA_ERROR + n stands for the CUDA runtime's error n. */
+enum mgd_status {
+    MGD_OK = 0,
+    MGD_INVALID_ARGUMENT = 1, /* a size, type or pointer that no call can have */
+    MGD_UNSUPPORTED = 2,      /* a valid call beyond this library's limits: N > MGD_MAX_MODES, or 2^31 blocks */
+    MGD_INTERNAL_ERROR = 3,   /* a bug in this library */
+    MGD_CUDA_ERROR = 1000
+};
+
+MGD_API int32_t mgd_abi_version(void);
+
+/* A sentence for a status, never NULL; static memory. */
+MGD_API const char* mgd_status_string(int status);
+
+/* ComplexEMA: h_t = q h_{t-1} + p x_t (complex), y_t = Re(sum over N of gamma h_t) + omega x_t.
+ *
+ * x         [B, T, D]     dtype
+ * past      [B, D, N, 2]  float32, state before the call
+ * position  [B]           int64, tokens that the row has consumed before this call
+ * p         [D, N]        float32
+ * q         [D, N, 2]     float32; the operator's q_powers[0], so a pointer to q_powers serves
+ * gamma     [D, N, 2]     float32, with 1 / sqrt(N) folded in
+ * omega     [D]           float32
+ * y         [B, T, D]     dtype, output; must not overlap x
+ * present   [B, D, N, 2]  float32, output
+ */
+MGD_API int mgd_complex_ema(int dtype, int64_t B, int64_t T, int64_t D, int64_t N, const void* x, const float* past,
+                            const int64_t* position, const float* p, const float* q, const float* gamma,
+                            const float* omega, void* y, float* present, void* stream);
+
+/* Bytes of device memory that mgd_timestep_norm needs as workspace; 0 for a few tokens. */
+MGD_API size_t mgd_timestep_norm_workspace_bytes(int64_t B, int64_t T, int64_t G);
+
+/* TimestepNorm: group norm over all tokens of the stream so far. The running mean and variance are float64.
+ *
+ * x         [B, T, D]  dtype
+ * past      [B, G, 4]  float32, state before the call
+ * position  [B]        int64, tokens that the row has consumed before this call
+ * weight    [D]        float32, the effective scale (1 already added)
+ * bias      [D]        float32
+ * epsilon   added to the variance; finite and positive
+ * y         [B, T, D]  dtype, output; must not overlap x
+ * present   [B, G, 4]  float32, output
+ * workspace device memory of at least mgd_timestep_norm_workspace_bytes, 16-byte aligned; contents are of no meaning
+ */
+MGD_API int mgd_timestep_norm(int dtype, int64_t B, int64_t T, int64_t D, int64_t G, const void* x, const float* past,
+                              const int64_t* position, const float* weight, const float* bias, float epsilon, void* y,
+                              float* present, void* workspace, size_t workspace_bytes, void* stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -39,7 +39,7 @@ ENGINE_INFO_FILE = "engine.json"
 
 Precision = Literal["fp32", "fp16", "bf16"]
 LogitsMode = Literal["last", "all"]
-TokenizerKind = Literal["bytes", "tokenizer.json", "sentencepiece"]
+TokenizerKind = Literal["bytes", "tokenizer.json", "sentencepiece", "none"]  # none: token numbers only
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ def _choice(value: Any, literal: Any) -> Any:
 def _tokenizer(values: Mapping[str, Any]) -> TokenizerInfo:
     kind = cast(TokenizerKind, _choice(values["kind"], TokenizerKind))
     file = values["file"]
-    if (file is None) != (kind == "bytes"):
+    if (file is None) != (kind in ("bytes", "none")):
         raise ValueError(f"tokenizer {kind} with file {file!r}")
     return TokenizerInfo(kind, _inside(file) if file else None, tuple(int(token) for token in values["stop_tokens"]))
 

@@ -1,0 +1,81 @@
+"""From a checkpoint to a bundle, and back to a PyTorch model.
+
+The graph is emitted node by node from the configuration, weights are streamed from the checkpoint into one file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megalodon_deploy.bundle import Bundle, LogitsMode, Precision
+from megalodon_deploy.errors import MissingDependencyError
+
+if TYPE_CHECKING:
+    from megalodon_deploy.model.megalodon import Megalodon
+
+Progress = Callable[[str, float], None]
+
+_PACKAGES = ("torch", "onnx", "onnx_ir")
+
+
+def export_checkpoint(
+    ckpt: str | Path,
+    out: str | Path,
+    *,
+    precision: Precision = "fp32",
+    logits: LogitsMode = "last",
+    name: str | None = None,
+    tokenizer: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Write the bundle `out` from the checkpoint `ckpt`, and open it.
+
+    Args:
+        ckpt: a checkpoint of any layout that `read_checkpoint` knows.
+        out: the bundle's directory; it is there whole or not at all.
+        precision: type of activations and matrices. Norms, CEMA coefficients and states are float32 always.
+        logits: of the last token of a call, or of all.
+        name: the model's name in the manifest; default the name of `out`.
+        tokenizer: a `tokenizer.json` or SentencePiece file; default the checkpoint's own.
+        overwrite: replace a bundle that is there. Anything else that is there is never replaced.
+        progress: called with a stage and the fraction done.
+
+    Raises:
+        CheckpointError: a checkpoint that is incomplete or damaged, or weights beyond the range of fp16.
+        BundleError: `out` exists or cannot be written.
+        MissingDependencyError: without the packages of the extra `export`.
+    """
+    _require_packages()
+    from megalodon_deploy.export.writer import ExportOptions, write_bundle
+
+    options = ExportOptions(
+        precision=precision,
+        logits=logits,
+        name=name,
+        tokenizer=Path(tokenizer) if tokenizer is not None else None,
+        overwrite=overwrite,
+    )
+    return write_bundle(Path(ckpt), Path(out), options, progress or (lambda stage, fraction: None))
+
+
+def load_bundle_model(bundle: Bundle) -> Megalodon:
+    """The PyTorch model of a bundle, in float32: its weights, as far as they were rounded, are the bundle's.
+
+    Raises `BundleError` when the graph lacks a weight or has one of another shape.
+    """
+    _require_packages()
+    from megalodon_deploy.export.reader import read_model
+
+    return read_model(bundle)
+
+
+def _require_packages() -> None:
+    missing = [package for package in _PACKAGES if find_spec(package) is None]
+    if missing:
+        raise MissingDependencyError(
+            f"export needs {', '.join(missing)}: install with `pip install 'megalodon-deploy[export]'`"
+        )

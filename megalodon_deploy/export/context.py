@@ -1,0 +1,71 @@
+"""What the emitters of a model's parts share: the builder, the weights by name, and the calls' common values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import onnx_ir as ir
+
+from megalodon_deploy.config import MegalodonConfig
+from megalodon_deploy.export.builder import GraphBuilder
+
+FLOAT = ir.DataType.FLOAT
+
+
+@dataclass(frozen=True)
+class CallValues:
+    """Values that depend on the call alone, made once for all layers."""
+
+    position: ir.Value  # [B] int64
+    rows: ir.Value  # [B, T] int64, position mod C of each token
+    mask: ir.Value  # [B, 1, T, S + T] bool: which past and new rows a token sees
+    rope_cos: ir.Value  # [C, dz / 2] float32
+    rope_sin: ir.Value
+
+
+class Context:
+    """Emits operators that need the configuration or the activation type."""
+
+    def __init__(
+        self, config: MegalodonConfig, activation: ir.DataType, weights: Mapping[str, ir.Value], builder: GraphBuilder
+    ) -> None:
+        self.config, self.activation, self.builder = config, activation, builder
+        self._weights = weights
+
+    @cached_property
+    def is_half(self) -> bool:
+        return bool(self.activation != FLOAT)
+
+    def weight(self, name: str) -> ir.Value:
+        return self._weights[name]
+
+    def linear(self, x: ir.Value, prefix: str, name: str) -> ir.Value:
+        """x [..., in] times `prefix.weight` [in, out], plus `prefix.bias` where there is one."""
+        product = self.builder.op("MatMul", x, self.weight(f"{prefix}.weight"), name=name)
+        if f"{prefix}.bias" not in self._weights:
+            return product
+        return self.builder.op("Add", product, self.weight(f"{prefix}.bias"), name=f"{name}_biased")
+
+    def silu(self, x: ir.Value, name: str) -> ir.Value:
+        return self.builder.op("Mul", x, self.builder.op("Sigmoid", x, name=f"{name}_sigmoid"), name=name)
+
+    def to_float(self, x: ir.Value, name: str) -> ir.Value:
+        return self.builder.op("Cast", x, name=f"{name}_float", to=FLOAT) if self.is_half else x
+
+    def to_activation(self, x: ir.Value, name: str) -> ir.Value:
+        return self.builder.op("Cast", x, name=name, to=self.activation) if self.is_half else x
+
+    def in_float(self, x: ir.Value, name: str, emit: Callable[[ir.Value], ir.Value]) -> ir.Value:
+        """`emit` in float32, whatever the activation type."""
+        return self.to_activation(emit(self.to_float(x, name)), f"{name}_cast")
+
+    def norm_scale(self, prefix: str, dim: int) -> ir.Value:
+        """The scale of a norm; ones where it has none."""
+        name = f"{prefix}.scale"
+        return self._weights[name] if name in self._weights else self.ones(dim)
+
+    def ones(self, dim: int) -> ir.Value:
+        return self.builder.constant(np.ones(dim, np.float32), f"ones_{dim}")

@@ -1,0 +1,173 @@
+"""One block of the model as ONNX nodes: attention with its moving average, then the two-hop feed-forward part.
+
+Letters as in `MegalodonConfig`, S past and T new rows of keys and values.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from megalodon_deploy.export.context import CallValues, Context
+from megalodon_deploy.export.operators import DOMAIN
+from megalodon_deploy.export.weights import merged_projection_sizes
+
+State = dict[str, ir.Value]  # by name of the state table
+
+
+def emit_block(
+    context: Context, call: CallValues, layer: int, x_BTD: ir.Value, inputs: State
+) -> tuple[ir.Value, State]:
+    """Block `layer`: its output [B, T, D] and its state outputs."""
+    builder = context.builder
+    with builder.scope("mega"):
+        hop_BTD, outputs = _emit_attention_part(context, call, layer, x_BTD, inputs)
+    with builder.scope("nffn"):
+        return _emit_ffn(context, f"layers.{layer}.nffn", hop_BTD, x_BTD), outputs
+
+
+def emit_timestep_norm(
+    context: Context, call: CallValues, prefix: str, x_BTD: ir.Value, past: ir.Value
+) -> tuple[ir.Value, ir.Value]:
+    name = prefix.rsplit(".", 1)[-1]
+    y_BTD, present = context.builder.multi(
+        "TimestepNorm",
+        x_BTD,
+        past,
+        call.position,
+        context.weight(f"{prefix}.scale"),
+        context.weight(f"{prefix}.bias"),
+        names=[name, f"{name}_present"],
+        domain=DOMAIN,
+        epsilon=context.config.norm_eps,
+    )
+    y_BTD.dtype, y_BTD.shape = context.activation, ir.Shape(("B", "T", context.config.model_dim))
+    return y_BTD, present
+
+
+def _emit_cema(
+    context: Context, call: CallValues, prefix: str, x_BTD: ir.Value, past: ir.Value
+) -> tuple[ir.Value, ir.Value]:
+    coefficients = [context.weight(f"{prefix}.{name}") for name in ("p", "q_powers", "gamma", "omega")]
+    y_BTD, present = context.builder.multi(
+        "ComplexEMA", x_BTD, past, call.position, *coefficients, names=["cema", "cema_present"], domain=DOMAIN
+    )
+    y_BTD.dtype, y_BTD.shape = context.activation, ir.Shape(("B", "T", context.config.model_dim))
+    return y_BTD, present
+
+
+def _emit_attention_part(
+    context: Context, call: CallValues, layer: int, x_BTD: ir.Value, inputs: State
+) -> tuple[ir.Value, State]:
+    """y = x + m wh1^T + bh1 + (attention * gate) wh2^T, and the state outputs of the layer."""
+    builder, config, prefix = context.builder, context.config, f"layers.{layer}.mega"
+    u_BTD, norm = emit_timestep_norm(context, call, f"{prefix}.timenorm", x_BTD, inputs[f"past_norm.{layer}"])
+    average_BTD, cema = _emit_cema(context, call, f"{prefix}.cema", u_BTD, inputs[f"past_cema.{layer}"])
+    scale = context.norm_scale(f"{prefix}.rmsnorm", config.model_dim)
+    m_BTD = context.in_float(
+        average_BTD,
+        "rmsnorm",
+        lambda x: builder.op("RMSNormalization", x, scale, axis=-1, epsilon=config.norm_eps, name="rmsnorm"),
+    )
+    v_BTE = context.silu(context.linear(u_BTD, f"{prefix}.wv", "wv"), "v")
+    merged = context.linear(m_BTD, f"{prefix}.wz_wr_wh1", "wz_wr_wh1")
+    sizes = merged_projection_sizes(config)
+    z_BTZ, r_BTE, h1_BTD = builder.multi(
+        "Split", merged, builder.constant(list(sizes.values()), "merged_sizes"), names=list(sizes), axis=-1
+    )
+    with builder.scope("attention"):
+        context_BTE, key, value = _emit_attention(context, call, layer, z_BTZ, v_BTE, inputs)
+    gated_BTE = builder.op("Mul", context_BTE, context.silu(r_BTE, "gate"), name="gated")
+    h2_BTD = context.linear(gated_BTE, f"{prefix}.wh2", "wh2")
+    hop_BTD = builder.op("Add", builder.op("Add", x_BTD, h1_BTD, name="residual"), h2_BTD, name="hop")
+    outputs = {
+        f"new_key.{layer}": key,
+        f"new_value.{layer}": value,
+        f"present_cema.{layer}": cema,
+        f"present_norm.{layer}": norm,
+    }
+    return hop_BTD, outputs
+
+
+def _emit_attention(
+    context: Context, call: CallValues, layer: int, z_BTZ: ir.Value, v_BTE: ir.Value, inputs: State
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Attention over past and new rows: [B, T, E], new keys [B, H, T, dz], new values [B, H, T, dv]."""
+    builder, config = context.builder, context.config
+    query, key = _emit_query_key(context, call, f"layers.{layer}.mega", z_BTZ)
+    heads = builder.constant([0, 0, config.num_heads, config.value_head_dim], "value_heads")
+    value = builder.op("Transpose", builder.op("Reshape", v_BTE, heads), perm=[0, 2, 1, 3], name="value")
+    past_key, past_value = inputs[f"past_key.{layer}"], inputs[f"past_value.{layer}"]
+    scores = [
+        builder.op("MatMul", query, builder.op("Transpose", rows, perm=[0, 1, 3, 2]), name=name)
+        for rows, name in ((past_key, "past_scores"), (key, "new_scores"))
+    ]
+    joined = context.to_float(builder.op("Concat", *scores, axis=-1, name="scores"), "scores")
+    hidden = builder.scalar(-np.inf, np.float32, "minus_infinity")
+    masked = builder.op("Where", call.mask, joined, hidden, name="masked_scores")
+    weights = context.to_activation(builder.op("Softmax", masked, axis=-1, name="weights"), "weights_cast")
+    widths = [builder.op("Shape", rows, start=2, end=3) for rows in (past_key, key)]
+    past_weights, new_weights = builder.multi(
+        "Split",
+        weights,
+        builder.op("Concat", *widths, axis=0, name="row_counts"),
+        names=["past_weights", "new_weights"],
+        axis=-1,
+    )
+    past_sum = builder.op("MatMul", past_weights, past_value, name="past_context")
+    total = builder.op("Add", past_sum, builder.op("MatMul", new_weights, value, name="new_context"))
+    joined_heads = builder.op("Transpose", total, perm=[0, 2, 1, 3])
+    flat = builder.constant([0, 0, config.value_dim], "value_width")
+    return builder.op("Reshape", joined_heads, flat, name="context"), key, value
+
+
+def _emit_query_key(context: Context, call: CallValues, prefix: str, z_BTZ: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Rotated queries and keys [B, H, T, dz]: both come from the normalised z, with their own scale and bias."""
+    builder, config = context.builder, context.config
+    heads, width = config.num_heads, config.key_head_dim
+    z_BT1Hd = builder.op("Reshape", context.to_float(z_BTZ, "z"), builder.constant([0, 0, 1, heads, width], "z_heads"))
+    ones = context.ones(width)
+    normal = builder.op("RMSNormalization", z_BT1Hd, ones, axis=-1, epsilon=config.norm_eps, name="z_normal")
+    scaled = builder.op("Mul", normal, context.weight(f"{prefix}.query_key.scale"), name="query_key_scaled")
+    both = builder.op("Add", scaled, context.weight(f"{prefix}.query_key.bias"), name="query_key")
+    flat = builder.op("Reshape", both, builder.constant([0, 0, 2 * config.z_dim], "query_key_width"))
+    rotated = builder.op(
+        "RotaryEmbedding",
+        flat,
+        call.rope_cos,
+        call.rope_sin,
+        call.rows,
+        interleaved=1,
+        num_heads=2 * heads,
+        name="rotated",
+    )
+    cast = context.to_activation(rotated, "rotated_cast")
+    parts = builder.multi("Split", cast, names=["query_rows", "key_rows"], axis=-1, num_outputs=2)
+    shape = builder.constant([0, 0, heads, width], "key_heads")
+    query, key = (
+        builder.op("Transpose", builder.op("Reshape", part, shape), perm=[0, 2, 1, 3], name=name)
+        for part, name in zip(parts, ("query", "key"), strict=True)
+    )
+    return query, key
+
+
+def _emit_ffn(context: Context, prefix: str, hop_BTD: ir.Value, x_BTD: ir.Value) -> ir.Value:
+    """x + [alpha *] f fc2^T: the residual is the block's input again."""
+    builder, config = context.builder, context.config
+    scale = context.norm_scale(f"{prefix}.norm", config.model_dim)
+    bias = [context.weight(f"{prefix}.norm.bias")] if config.norm_affine else []
+    n_BTD = context.in_float(
+        hop_BTD,
+        "norm",
+        lambda x: builder.op("LayerNormalization", x, scale, *bias, axis=-1, epsilon=config.norm_eps, name="norm"),
+    )
+    if config.swiglu:
+        both = context.linear(n_BTD, f"{prefix}.fc1_fc3", "fc1_fc3")
+        gate, up = builder.multi("Split", both, names=["fc1", "fc3"], axis=-1, num_outputs=2)
+        hidden = builder.op("Mul", context.silu(gate, "hidden_gate"), up, name="hidden")
+    else:
+        hidden = context.silu(context.linear(n_BTD, f"{prefix}.fc1", "fc1"), "hidden")
+    second = context.linear(hidden, f"{prefix}.fc2", "fc2")
+    if config.rescale_nffn:
+        second = builder.op("Mul", second, context.weight(f"{prefix}.alpha"), name="fc2_rescaled")
+    return builder.op("Add", x_BTD, second, name="out")

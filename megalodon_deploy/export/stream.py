@@ -1,0 +1,54 @@
+"""Weights from a checkpoint, one fold at a time: a tensor is read, folded and dropped when its bytes are written."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from megalodon_deploy.errors import CheckpointError
+from megalodon_deploy.export.weights import Fold, InitializerSpec, folds
+from megalodon_deploy.model.checkpoint import Checkpoint
+
+_NUMPY_DTYPE = {
+    ir.DataType.FLOAT: np.dtype(np.float32),
+    ir.DataType.FLOAT16: np.dtype(np.float16),
+    ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
+}
+
+
+class WeightStream:
+    """Lazy initializers of a checkpoint, to be written in the order of `folds`."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._fold_of = {spec.name: fold for fold in folds(checkpoint.config) for spec in fold.targets}
+        self._recent: tuple[Fold, tuple[np.ndarray, ...]] | None = None  # of a fold with several targets
+
+    def tensor(self, spec: InitializerSpec, dtype: ir.DataType) -> ir.LazyTensor:
+        return ir.LazyTensor(lambda: self._load(spec, dtype), dtype, ir.Shape(spec.shape), name=spec.name)
+
+    def _load(self, spec: InitializerSpec, dtype: ir.DataType) -> ir.Tensor:
+        fold = self._fold_of[spec.name]
+        value = self._folded(fold)[fold.targets.index(spec)]
+        assert value.shape == spec.shape, f"Bug: {spec.name} has shape {value.shape}, expected {spec.shape}"
+        return ir.Tensor(_rounded(value, _NUMPY_DTYPE[dtype], fold), dtype, name=spec.name)
+
+    def _folded(self, fold: Fold) -> tuple[np.ndarray, ...]:
+        if self._recent is not None and self._recent[0] is fold:
+            return self._recent[1]
+        values = fold.fold(*(self._checkpoint.tensor(name, torch.float32).numpy() for name in fold.sources))
+        self._recent = (fold, values) if len(fold.targets) > 1 else None
+        return values
+
+
+def _rounded(value: np.ndarray, dtype: np.dtype, fold: Fold) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        rounded = np.ascontiguousarray(value, dtype)
+    if dtype.itemsize < 4 and not np.isfinite(rounded).all():
+        raise CheckpointError(
+            f"{', '.join(fold.sources)}: largest value {np.abs(value).max():.3g} is beyond {dtype}; "
+            "export in bf16 or fp32"
+        )
+    return rounded

@@ -1,0 +1,129 @@
+"""Write a bundle: graph, weights, tokenizer, manifest, into a temporary directory that is renamed at the end."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+import megalodon_deploy
+from megalodon_deploy.bundle import (
+    FORMAT,
+    MANIFEST_FILE,
+    MODEL_FILE,
+    WEIGHTS_FILE,
+    Bundle,
+    FileEntry,
+    LogitsMode,
+    Manifest,
+    Precision,
+    TokenizerInfo,
+    open_bundle,
+)
+from megalodon_deploy.errors import BundleError
+from megalodon_deploy.export.graph import build_model
+from megalodon_deploy.export.stream import WeightStream
+from megalodon_deploy.files import atomic_directory
+from megalodon_deploy.model.checkpoint import Checkpoint, TokenizerSource, read_checkpoint
+
+Progress = Callable[[str, float], None]
+
+_WEIGHTS_SHARE = 0.8  # of the time; the rest is hashing
+_PAGE_BYTES = 4096  # weights begin on pages: executors map the file
+_TOOLS = ("numpy", "onnx", "onnx-ir", "torch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What the user chose; see `export_checkpoint`."""
+
+    precision: Precision = "fp32"
+    logits: LogitsMode = "last"
+    name: str | None = None
+    tokenizer: Path | None = None
+    overwrite: bool = False
+
+
+def write_bundle(ckpt: Path, out: Path, options: ExportOptions, progress: Progress) -> Bundle:
+    """See `export_checkpoint`."""
+    _check_target(out, overwrite=options.overwrite)
+    checkpoint = read_checkpoint(ckpt)
+    tokenizer = _tokenizer(checkpoint, options.tokenizer)
+    try:
+        with atomic_directory(out, overwrite=options.overwrite) as directory:
+            _write_model(checkpoint, directory, options, progress)
+            info = _copy_tokenizer(tokenizer, directory)
+            progress("hashing", _WEIGHTS_SHARE)
+            manifest = _manifest(checkpoint, directory, info, options, options.name or out.resolve().name)
+            (directory / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+    except OSError as error:
+        raise BundleError(f"{out}: cannot be written ({error.strerror or error}); nothing was left behind") from error
+    progress("done", 1.0)
+    return open_bundle(out)
+
+
+def _check_target(out: Path, *, overwrite: bool) -> None:
+    """Never replace what is not a bundle, whatever the user says."""
+    if not out.exists():
+        return
+    manifest = out / MANIFEST_FILE
+    if not manifest.is_file() or FORMAT not in manifest.read_text(encoding="utf-8", errors="replace"):
+        raise BundleError(f"{out} exists and is not a bundle; choose another name")
+    if not overwrite:
+        raise BundleError(f"{out} exists already; choose another name or overwrite it (--overwrite)")
+
+
+def _write_model(checkpoint: Checkpoint, directory: Path, options: ExportOptions, progress: Progress) -> None:
+    stream = WeightStream(checkpoint)
+    model = build_model(checkpoint.config, stream.tensor, precision=options.precision, logits=options.logits)
+
+    def show(tensor: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
+        progress(f"writing {tensor.name}", _WEIGHTS_SHARE * info.index / info.total)
+
+    path = directory / MODEL_FILE
+    ir.save(model, path, external_data=WEIGHTS_FILE, callback=show, alignment=_PAGE_BYTES, align_threshold=_PAGE_BYTES)
+    _add_shapes(path)
+
+
+def _add_shapes(path: Path) -> None:
+    """Infer the shapes of all values, store them for readers such as Netron, and check the model fully."""
+    model = onnx.load(path, load_external_data=False)
+    inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+    path.write_bytes(inferred.SerializeToString(deterministic=True))
+    onnx.checker.check_model(path, full_check=True)
+
+
+def _tokenizer(checkpoint: Checkpoint, chosen: Path | None) -> TokenizerSource:
+    found = checkpoint.tokenizer or TokenizerSource("none")
+    if chosen is None:
+        return found
+    return TokenizerSource("tokenizer.json" if chosen.suffix == ".json" else "sentencepiece", chosen, found.stop_tokens)
+
+
+def _copy_tokenizer(source: TokenizerSource, directory: Path) -> TokenizerInfo:
+    if source.file is None:
+        return TokenizerInfo(source.kind, None, source.stop_tokens)
+    name = "tokenizer.json" if source.kind == "tokenizer.json" else "tokenizer.model"
+    shutil.copyfile(source.file, directory / name)
+    return TokenizerInfo(source.kind, name, source.stop_tokens)
+
+
+def _manifest(
+    checkpoint: Checkpoint, directory: Path, tokenizer: TokenizerInfo, options: ExportOptions, name: str
+) -> Manifest:
+    files = [MODEL_FILE, WEIGHTS_FILE, *([tokenizer.file] if tokenizer.file else [])]
+    return Manifest(
+        name=name,
+        config=checkpoint.config,
+        precision=options.precision,
+        logits=options.logits,
+        tokenizer=tokenizer,
+        files={file: FileEntry.of(directory / file) for file in files},
+        tools={"megalodon-deploy": megalodon_deploy.__version__} | {tool: version(tool) for tool in _TOOLS},
+        source={"layout": checkpoint.layout, "fingerprint": checkpoint.fingerprint},
+    )

@@ -110,9 +110,9 @@ class JsonTokenizer:
 
     def _decodes_without_leading_space(self) -> bool:
         """Whether this tokenizer's own decoder drops the space that the first word begins with."""
-        pieces = self._tokenizer.get_vocab()
-        word = next((token for piece, token in pieces.items() if piece[:1] == _SPACE_PIECE and len(piece) > 1), None)
-        return word is not None and not self._tokenizer.decode([word]).startswith(" ")
+        words = (token for piece, token in self._tokenizer.get_vocab().items() if piece.rfind(_SPACE_PIECE) == 0)
+        text = next((text for word in words if (text := self._tokenizer.decode([word])).strip()), " ")
+        return not text.startswith(" ")
 
 
 class SentencePieceTokenizer:

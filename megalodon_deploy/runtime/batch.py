@@ -1,0 +1,132 @@
+"""Streams that share one memory and advance together.
+
+A batch has slots. Admitting a stream to a slot costs nothing: it starts at position 0, and a model takes no notice of
+what lies in the memory of a row at position 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megalodon_deploy.errors import StateError, UserError
+from megalodon_deploy.runtime.saved_stream import SavedStream, check_fingerprint, read_saved_stream
+from megalodon_deploy.runtime.stream import Stream, check_tokens
+
+if TYPE_CHECKING:
+    from megalodon_deploy.runtime.session import Session
+
+
+class StreamBatch:
+    """Slots for streams at positions of their own. Made by `Session.batch`."""
+
+    def __init__(self, session: Session, num_slots: int) -> None:
+        self.session = session
+        self._memory = session.executor.open_slots(num_slots)
+        self._streams: list[Stream | None] = [None] * num_slots
+
+    @property
+    def num_slots(self) -> int:
+        return len(self._streams)
+
+    @property
+    def streams(self) -> list[Stream]:
+        """The streams that hold a slot, in the order of their slots."""
+        return [stream for stream in self._streams if stream is not None]
+
+    def admit(self, *, resume: str | Path | SavedStream | None = None) -> Stream:
+        """Start or resume a stream in a free slot. Raises `UserError` when there is none, `StateError` for a saved
+        stream of another bundle."""
+        if None not in self._streams:
+            raise UserError(f"all {self.num_slots} slots of the batch are taken; retire a stream first")
+        slot = self._streams.index(None)
+        stream = Stream(self, slot)
+        if resume is not None:
+            saved = self._saved(resume)
+            tensors = saved.tensors_as(self.session.executor.activation, self.session.config)
+            self._memory.write(slot, saved.position, tensors)
+            stream.restore(saved)
+        self._streams[slot] = stream
+        return stream
+
+    def retire(self, stream: Stream) -> None:
+        """Free a stream's slot. The stream cannot be used any more."""
+        self._memory.retire(self._slot_of(stream))
+        self._streams[stream.slot] = None
+
+    def step(self, tokens: Mapping[Stream, int]) -> dict[Stream, np.ndarray]:
+        """Feed one token to each of these streams, in one call; the other streams wait. Returns logits [V] float32."""
+        return self.feed({stream: [token] for stream, token in tokens.items()})
+
+    def feed(self, tokens: Mapping[Stream, Sequence[int]]) -> dict[Stream, np.ndarray]:
+        """Feed each of these streams some tokens, as many streams at a time as their lengths and chunk edges allow.
+
+        Returns the logits [V] float32 that follow each stream's last token. Raises `UserError`, before anything is
+        computed, for a token outside the vocabulary and for a stream without tokens.
+        """
+        checked = {stream: check_tokens(given, self.session.config.vocab_size) for stream, given in tokens.items()}
+        for stream, given in checked.items():
+            self._slot_of(stream)
+            if not given and not stream.has_pending:
+                raise UserError("a stream was fed no tokens; give at least one")
+        waiting = {stream.slot: stream.take(given) for stream, given in checked.items()}
+        while waiting := {slot: rest for slot, rest in waiting.items() if len(rest)}:
+            length = min(min(len(rest), self._rows_left(slot)) for slot, rest in waiting.items())
+            for rows in self._ranges(set(waiting)):
+                self._call(rows, length, waiting)
+            waiting = {slot: rest[length:] for slot, rest in waiting.items()}
+        return {stream: stream.last_logits for stream in tokens}
+
+    def _rows_left(self, slot: int) -> int:
+        chunk_size = self.session.config.chunk_size
+        return chunk_size - self._stream(slot).position % chunk_size
+
+    def _ranges(self, active: set[int]) -> Iterator[slice]:
+        """The fewest contiguous ranges that hold every active slot and no stream that waits.
+
+        Free slots may lie between: they run as fresh streams, which their next stream takes no notice of.
+        """
+        first = last = None
+        for slot, stream in enumerate([*self._streams, None]):
+            if slot in active:
+                first, last = (slot if first is None else first), slot
+            elif first is not None and last is not None and (stream is not None or slot == self.num_slots):
+                yield slice(first, last + 1)
+                first = last = None
+
+    def _call(self, rows: slice, length: int, waiting: Mapping[int, np.ndarray]) -> None:
+        slots = range(self.num_slots)[rows]
+        tokens_BT = np.zeros((len(slots), length), np.int64)
+        position_B = np.zeros(len(slots), np.int64)
+        for row, slot in enumerate(slots):
+            if slot in waiting:
+                tokens_BT[row] = waiting[slot][:length]
+                position_B[row] = self._stream(slot).position
+        logits_BKV = self._memory.run(rows, tokens_BT, position_B)
+        for row, slot in enumerate(slots):
+            if slot in waiting:
+                self._stream(slot).consumed(length, logits_BKV[row, -1])
+
+    def snapshot_tensors(self, stream: Stream) -> dict[str, np.ndarray]:
+        """A copy of a stream's state tensors."""
+        return self._memory.read(self._slot_of(stream), stream.position)
+
+    def _stream(self, slot: int) -> Stream:
+        stream = self._streams[slot]
+        assert stream is not None, f"Bug: slot {slot} is free"
+        return stream
+
+    def _slot_of(self, stream: Stream) -> int:
+        if not (0 <= stream.slot < self.num_slots and self._streams[stream.slot] is stream):
+            raise StateError("the stream was retired, or belongs to another batch; start or resume one with admit()")
+        return stream.slot
+
+    def _saved(self, resume: str | Path | SavedStream) -> SavedStream:
+        fingerprint = self.session.bundle.manifest.fingerprint
+        if isinstance(resume, SavedStream):
+            check_fingerprint(resume.fingerprint, fingerprint, "snapshot")
+            return resume
+        return read_saved_stream(Path(resume), fingerprint, self.session.config)

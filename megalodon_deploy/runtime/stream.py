@@ -1,0 +1,210 @@
+"""One stream of tokens: a conversation, a document, anything that goes on and on in constant memory."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from megalodon_deploy.errors import UserError
+from megalodon_deploy.runtime.sampling import HISTORY_TOKENS, Generator, SamplingParams, choose_token
+from megalodon_deploy.runtime.saved_stream import SavedStream
+from megalodon_deploy.runtime.stats import StreamStats
+from megalodon_deploy.runtime.stop_strings import StopStrings
+from megalodon_deploy.state import zero_state
+
+if TYPE_CHECKING:
+    from megalodon_deploy.runtime.batch import StreamBatch
+
+Finish = Literal["length", "stop_token", "stop_string"]
+
+
+@dataclass(frozen=True)
+class GeneratedToken:
+    """One generated token, and the text that it completes."""
+
+    token: int
+    text: str  # whole characters only; "" while one is unfinished or may begin a stop string
+    finish: Finish | None = None  # why generation ends with this token
+
+
+class Stream:
+    """Made by `Session.stream` and `StreamBatch.admit`."""
+
+    def __init__(self, batch: StreamBatch, slot: int) -> None:
+        self._batch = batch
+        self._session = batch.session
+        self.slot = slot
+        self.position = 0  # tokens consumed
+        self.stats = StreamStats(state_bytes=self._session.state_bytes)
+        self._recent: tuple[int, ...] = ()  # the last tokens, oldest first
+        self._pending: tuple[int, ...] = ()  # a generated token that is not consumed yet; it is the last of `_recent`
+        self._logits_V: np.ndarray | None = None  # of the last consumed token
+        self._generator: Generator | None = None
+
+    def prefill(self, tokens: Sequence[int]) -> np.ndarray:
+        """Consume tokens, in calls of a chunk at most; returns the logits [V] float32 that follow the last one."""
+        start = time.perf_counter()
+        logits_V = self._batch.feed({self: tokens})[self]
+        self.stats.prefill_tokens += len(tokens)
+        self.stats.prefill_seconds += time.perf_counter() - start
+        return logits_V
+
+    def step(self, token: int) -> np.ndarray:
+        """Consume one token; returns the logits [V] float32 that follow it."""
+        start = time.perf_counter()
+        logits_V = self._batch.step({self: token})[self]
+        self.stats.decode_tokens += 1
+        self.stats.decode_seconds += time.perf_counter() - start
+        return logits_V
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] = (),
+        *,
+        max_new_tokens: int | None = 256,
+        sampling: SamplingParams | None = None,
+        stop_tokens: Sequence[int] | None = None,
+        stop_strings: Sequence[str] = (),
+    ) -> Iterator[GeneratedToken]:
+        """Consume a prompt, then generate token by token while the caller iterates.
+
+        Without a prompt the stream goes on where it is. `max_new_tokens` None: until a stop. `sampling` None: always
+        the most probable token. `stop_tokens` None: those of the bundle's tokenizer. The text ends before a stop
+        token or stop string. The token that was generated last is consumed by the next call on the stream.
+        Raises `UserError` for a value that makes no sense, and for a fresh stream without a prompt.
+        """
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise UserError(f"max_new_tokens = {max_new_tokens} is not a positive integer")
+        tokens = self._prompt_tokens(prompt)
+        stops = StopStrings(stop_strings)
+        default_stops = self._session.bundle.manifest.tokenizer.stop_tokens
+        ends = frozenset(default_stops if stop_tokens is None else stop_tokens)
+        return self._generate(tokens, max_new_tokens, sampling or SamplingParams.greedy(), ends, stops)
+
+    def snapshot(self) -> SavedStream:
+        """The stream's whole state, copied; `resume` takes it as it takes a file."""
+        if self.position:
+            tensors = self._batch.snapshot_tensors(self)
+        else:  # what lies in the slot is not this stream's
+            tensors = zero_state(self._session.config, batch=1, capacity=0, activation=self._session.activation)
+        return SavedStream(
+            fingerprint=self._session.bundle.manifest.fingerprint,
+            position=self.position,
+            tensors=tensors,
+            recent=self._recent,
+            pending=self._pending,
+            logits=None if self._pending or self._logits_V is None else self._logits_V.copy(),
+            generator=None if self._generator is None else replace(self._generator),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the stream to a file, whole or not at all. Raises `StateError` when it has gone non-finite."""
+        self.snapshot().write(Path(path), self._session.config)
+
+    def fork(self) -> Stream:
+        """A second stream in this state, in a memory of its own. Both go on alike, random choices included."""
+        return self._session.stream(resume=self.snapshot())
+
+    # What follows up to the next comment is for `StreamBatch`.
+
+    def take(self, tokens: Sequence[int]) -> np.ndarray:
+        """Note checked tokens that are about to be consumed; returns them with the pending one before them."""
+        self._note(tokens)
+        taken, self._pending = np.array([*self._pending, *tokens], np.int64), ()
+        return taken
+
+    def consumed(self, num_tokens: int, logits_V: np.ndarray) -> None:
+        self.position += num_tokens
+        self._logits_V = logits_V.copy()
+
+    @property
+    def has_pending(self) -> bool:
+        return bool(self._pending)
+
+    @property
+    def last_logits(self) -> np.ndarray:
+        """Logits [V] float32 that follow the last consumed token. Raises `UserError` on a fresh stream."""
+        if self._logits_V is None:
+            raise UserError("a fresh stream has nothing to go on from; give a prompt of at least one token")
+        return self._logits_V
+
+    def restore(self, saved: SavedStream) -> None:
+        self.position, self._recent, self._pending = saved.position, saved.recent, saved.pending
+        self._logits_V = None if saved.logits is None else saved.logits.copy()
+        self._generator = None if saved.generator is None else replace(saved.generator)
+
+    # What follows is for `generate`.
+
+    def _generate(
+        self,
+        tokens: Sequence[int],
+        max_new_tokens: int | None,
+        sampling: SamplingParams,
+        stop_tokens: frozenset[int],
+        stops: StopStrings,
+    ) -> Iterator[GeneratedToken]:
+        if tokens:
+            self.prefill(tokens)
+        detokenizer = self._session.tokenizer.detokenizer(self._recent)
+        for count in itertools.count(1):
+            start, is_step = time.perf_counter(), self.has_pending
+            token = self._choose(sampling)
+            if token in stop_tokens:
+                item = GeneratedToken(token, stops.flush(), "stop_token")
+            else:
+                text, is_stopped = stops.push(detokenizer.push(token))
+                item = GeneratedToken(token, text, "stop_string" if is_stopped else None)
+            if count == max_new_tokens and item.finish is None:
+                item = GeneratedToken(token, item.text + stops.flush(), "length")
+            if is_step:  # the first token comes from the prompt's logits
+                self.stats.decode_tokens += 1
+                self.stats.decode_seconds += time.perf_counter() - start
+            yield item
+            if item.finish is not None:
+                return
+
+    def _choose(self, sampling: SamplingParams) -> int:
+        """Consume the pending token, if there is one, and choose the next, which is pending then."""
+        if self.has_pending:
+            self._batch.feed({self: ()})
+        token = choose_token(self.last_logits, sampling, self._recent, self._generator_for(sampling))
+        self._note([token])
+        self._pending = (token,)
+        return token
+
+    def _generator_for(self, sampling: SamplingParams) -> Generator:
+        """The stream's own generator goes on, also over `save` and `fork`; another seed starts another one."""
+        if sampling.temperature == 0.0:
+            return Generator(seed=0)  # nothing is drawn from it
+        if self._generator is None or sampling.seed not in (None, self._generator.seed):
+            self._generator = Generator.from_system() if sampling.seed is None else Generator(sampling.seed)
+        return self._generator
+
+    def _prompt_tokens(self, prompt: str | Sequence[int]) -> Sequence[int]:
+        is_fresh = not self._recent
+        if isinstance(prompt, str):
+            prompt = self._session.tokenizer.encode(prompt, start=is_fresh)
+        tokens = check_tokens(prompt, self._session.config.vocab_size)
+        if is_fresh and not tokens:
+            raise UserError("a fresh stream has nothing to go on from; give a prompt of at least one token")
+        return tokens
+
+    def _note(self, tokens: Sequence[int]) -> None:
+        self._recent = (*self._recent, *tokens[-HISTORY_TOKENS:])[-HISTORY_TOKENS:]
+
+
+def check_tokens(tokens: Sequence[int], vocab_size: int) -> list[int]:
+    """Tokens as plain integers. Raises `UserError` when one is none, or is outside the vocabulary."""
+    array = np.asarray(list(tokens) if isinstance(tokens, bytes) else tokens)
+    if array.size and (array.ndim != 1 or not np.issubdtype(array.dtype, np.integer)):
+        raise UserError(f"tokens = {tokens!r:.60} is not a list of integers")
+    outside = array[(array < 0) | (array >= vocab_size)]
+    if outside.size:
+        raise UserError(f"token {outside[0]} is outside the model's vocabulary of {vocab_size}")
+    return [int(token) for token in array]

@@ -28,6 +28,9 @@ with the gradient of the present state entering at the end, and GS_0 the gradien
 reached through the matrices: G`toeplitz` = U^T GY summed along its diagonals is the gradient of k, G`readout` =
 GY^T S, G`intake` = U^T GA, and G(q^L) = sum conj(S_b) GS_{b+1}; then through the powers, with d(q^j)/dq = j q^(j-1).
 Nothing of size B x T x D x N is ever formed: block states are recomputed, [R, D, N].
+
+Conjugates are physical throughout: PyTorch's lazy ones are ignored where a tracer runs an operator with the
+conjugate dispatch key switched off.
 """
 
 from __future__ import annotations
@@ -88,7 +91,7 @@ def _as_complex(pairs: Tensor) -> Tensor:
 
 def _as_rows(values: Tensor) -> Tensor:
     """Complex [..., N] -> real [..., 2N], re and im interleaved."""
-    return torch.view_as_real(values.resolve_conj()).flatten(-2)
+    return torch.view_as_real(values).flatten(-2)
 
 
 def _upper_toeplitz(kernel_DL: Tensor) -> Tensor:
@@ -112,8 +115,8 @@ def _diagonal_sums(matrix_DLL: Tensor) -> Tensor:
 def _tables(p_DN: Tensor, q_DN2: Tensor, gamma_DN2: Tensor, omega_D: Tensor, length: int) -> _Tables:
     gamma_DN = _as_complex(gamma_DN2)
     powers = power_table(q_DN2, length).to(gamma_DN.dtype)
-    readout = (gamma_DN[:, None] * powers[:, 1:]).conj()
-    mix = _as_rows((gamma_DN * p_DN).conj())
+    readout = (gamma_DN[:, None] * powers[:, 1:]).conj_physical()
+    mix = _as_rows((gamma_DN * p_DN).conj_physical())
     kernel = (_as_rows(powers[:, :length]) @ mix.unsqueeze(-1)).squeeze(-1)
     kernel[:, 0] += omega_D
     return _Tables(powers, powers[:, :length].flip(1) * p_DN[:, None], readout, _upper_toeplitz(kernel))
@@ -223,8 +226,8 @@ class _MatrixGradients(NamedTuple):
 def _state_gradients(grad_states: Tensor, grad_present_BDN: Tensor, tables: _Tables, blocks: _Blocks) -> None:
     """Turn the gradients that block states [D, B, K, N] get from outputs into their whole gradients, in place."""
     grad_last = grad_present_BDN.transpose(0, 1)
-    grad_states[:, :, -1].addcmul_(tables.powers[:, None, blocks.last].conj(), grad_last)
-    factor = tables.powers[:, None, -1].conj()
+    grad_states[:, :, -1].addcmul_(tables.powers[:, None, blocks.last].conj_physical(), grad_last)
+    factor = tables.powers[:, None, -1].conj_physical()
     for block in range(blocks.num - 1, 0, -1):
         grad_states[:, :, block - 1].addcmul_(factor, grad_states[:, :, block])
 
@@ -234,17 +237,17 @@ def _coefficient_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Chain from the tables to (p, q, gamma, omega); see the module's docstring."""
     gamma_DN, length = _as_complex(gamma_DN2), tables.intake.shape[1]
-    powers, conj_powers = tables.powers, tables.powers.conj()
-    grad_intake, grad_readout = grads.intake.flip(1), grads.readout.conj()
+    powers, conj_powers = tables.powers, tables.powers.conj_physical()
+    grad_intake, grad_readout = grads.intake.flip(1), grads.readout.conj_physical()
     grad_mix = (conj_powers[:, :length] * grads.kernel.unsqueeze(-1)).sum(1)  # of gamma p, in k_j = Re(gamma p q^j)
-    grad_p = (conj_powers[:, :length] * grad_intake).real.sum(1) + (gamma_DN.conj() * grad_mix).real
+    grad_p = (conj_powers[:, :length] * grad_intake).real.sum(1) + (gamma_DN.conj_physical() * grad_mix).real
     grad_gamma = (conj_powers[:, 1:] * grad_readout).sum(1) + p_DN * grad_mix
     grad_powers = grads.powers
     grad_powers[:, :length] += p_DN[:, None] * grad_intake
-    grad_powers[:, :length] += (gamma_DN.conj() * p_DN)[:, None] * grads.kernel.unsqueeze(-1)
-    grad_powers[:, 1:] += gamma_DN.conj()[:, None] * grad_readout
+    grad_powers[:, :length] += (gamma_DN.conj_physical() * p_DN)[:, None] * grads.kernel.unsqueeze(-1)
+    grad_powers[:, 1:] += gamma_DN.conj_physical()[:, None] * grad_readout
     exponents = torch.arange(1, length + 1, device=p_DN.device, dtype=p_DN.dtype).view(-1, 1)
-    grad_q = ((powers[:, :length] * exponents).conj() * grad_powers[:, 1:]).sum(1)
+    grad_q = ((powers[:, :length] * exponents).conj_physical() * grad_powers[:, 1:]).sum(1)
     return grad_p, torch.view_as_real(grad_q), torch.view_as_real(grad_gamma), grads.kernel[:, 0].contiguous()
 
 
@@ -289,8 +292,8 @@ def complex_ema_backward(
     grad_intake[:, -blocks.last :] += last_DBL.transpose(1, 2) @ grad_present_rows
     grad_readout = grad_DRL.transpose(1, 2) @ _as_rows(states).flatten(1, 2)
     grad_powers = torch.zeros_like(tables.powers)
-    grad_powers[:, -1] = (states[:, :, :-1].conj() * grad_states[:, :, 1:]).sum((1, 2))
-    grad_powers[:, blocks.last] += (states[:, :, -1].conj() * grad_present_BDN.transpose(0, 1)).sum(1)
+    grad_powers[:, -1] = (states[:, :, :-1].conj_physical() * grad_states[:, :, 1:]).sum((1, 2))
+    grad_powers[:, blocks.last] += (states[:, :, -1].conj_physical() * grad_present_BDN.transpose(0, 1)).sum(1)
     grads = _MatrixGradients(
         grad_powers,
         torch.view_as_complex(grad_intake.view(dim, blocks.length, modes, 2)),

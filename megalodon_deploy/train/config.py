@@ -82,8 +82,8 @@ class TrainConfig:
             raise ConfigError("no data: give at least one file or directory")
         if (self.steps is None) == (self.minutes is None):
             raise ConfigError("give the length of the run either in steps or in minutes")
-        if self.model.vocab_size < BYTE_VOCABULARY:
-            raise ConfigError(f"vocab_size = {self.model.vocab_size}, bytes need {BYTE_VOCABULARY}")
+        if self.model.vocab_size != BYTE_VOCABULARY:
+            raise ConfigError(f"vocab_size = {self.model.vocab_size}, bytes take {BYTE_VOCABULARY}")
         for name in ("steps", "batch_size", "seq_len", "threads", "evaluations", "evaluation_windows"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from megalodon_deploy.errors import TrainError
-from megalodon_deploy.model.checkpoint import save_checkpoint
+from megalodon_deploy.errors import CheckpointError, TrainError
+from megalodon_deploy.model.checkpoint import TokenizerSource, read_checkpoint, save_checkpoint
 from megalodon_deploy.model.megalodon import Megalodon
 from megalodon_deploy.parameters import num_parameters
 from megalodon_deploy.train.config import Measurement, TrainConfig, TrainResult
@@ -28,6 +28,7 @@ Progress = Callable[[str, float], None]
 
 ADAM_BETAS = (0.9, 0.95)
 ADAM_EPSILON = 1e-8
+_BYTES = TokenizerSource("bytes", None, ())
 _SMOOTHED_STEPS = 50  # over which the reported training loss is a mean
 _DIVERGED = 2.0  # times the loss of a uniform guess
 
@@ -38,8 +39,7 @@ def run(config: TrainConfig, progress: Progress | None) -> TrainResult:
     Raises `TrainError` for data that cannot be used, an output that exists already, and for a loss that is not
     finite or far above that of a uniform guess; the last checkpoint then stays.
     """
-    if config.out.exists() and not config.overwrite:
-        raise TrainError(f"{config.out} exists already; choose another --out or add --overwrite")
+    _check_out(config)
     report = progress or (lambda stage, fraction: None)
     report("reading the data", 0.0)
     corpus = read_corpus(
@@ -50,10 +50,10 @@ def run(config: TrainConfig, progress: Progress | None) -> TrainResult:
         trainer = Trainer(config, corpus)
         while not stop.is_set() and trainer.fraction < 1:
             trainer.step()
-            report(trainer.stage(), trainer.fraction)
             if trainer.is_evaluation_due():
                 trainer.evaluate()
                 trainer.save()
+            report(trainer.stage(), trainer.fraction)
         if trainer.saved_step != trainer.num_steps:
             if not stop.is_set():
                 trainer.evaluate()
@@ -134,7 +134,9 @@ class Trainer:
         )
 
     def save(self) -> None:
-        save_checkpoint(self.model, self.config.out)
+        """Write the checkpoint, over the one of an earlier save or, when told so, of an earlier run."""
+        overwrite = self.config.overwrite or self.saved_step is not None
+        save_checkpoint(self.model, self.config.out, tokenizer=_BYTES, overwrite=overwrite)
         self.saved_step = self.num_steps
 
     def stage(self) -> str:
@@ -181,6 +183,18 @@ class Trainer:
             f"training diverged at step {self.num_steps + 1}: loss {loss:.4g}, gradient norm {gradient_norm:.4g}; "
             f"{kept}; use a smaller --lr than {self.config.learning_rate:g}"
         )
+
+
+def _check_out(config: TrainConfig) -> None:
+    """Refuse, before hours of work, an output that cannot be written; only a checkpoint is ever overwritten."""
+    if not config.out.exists():
+        return
+    if not config.overwrite:
+        raise TrainError(f"{config.out} exists already; choose another --out or add --overwrite")
+    try:
+        read_checkpoint(config.out)
+    except CheckpointError as error:
+        raise TrainError(f"{config.out} is no checkpoint, so it is not overwritten; choose another --out") from error
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from megalodon_deploy.errors import CheckpointError
 from megalodon_deploy.model.checkpoint.document import (
     CONFIG_FILE,
     build_config,
+    model_settings,
     read_json,
     read_json_if_present,
     write_json,
@@ -120,22 +121,9 @@ def _shard_names(num_shards: int) -> list[str]:
 def _config(where: Path, stated: Any, files: Sequence[TensorFile]) -> MegalodonConfig:
     if not isinstance(stated, dict):
         raise CheckpointError(f'{where}: has no "model" section; expected the released layout')
-    values = {key: value for key, value in stated.items() if key not in _INERT and value is not None}
-    output_size = values.pop("output_size", -1)
-    if values.get("vocab_size") == -1:  # old checkpoints leave it to the tokenizer
-        del values["vocab_size"]
-    known = set(MegalodonConfig.__dataclass_fields__)
-    if unknown := [key for key in values if key not in known and values[key] is not False]:
-        raise CheckpointError(
-            f"{where}: model.{unknown[0]} = {values[unknown[0]]!r} is no setting of the released Megalodon; "
-            "its effect on the weights is unknown"
-        )
-    config = build_config(where, _DEFAULTS | _dimensions(files, values) | {k: values[k] for k in values if k in known})
-    if output_size not in (-1, config.vocab_size):
-        raise CheckpointError(
-            f"{where}: model.output_size is {output_size}, expected -1 or vocab_size = {config.vocab_size}"
-        )
-    return config
+    by_tokenizer = {"vocab_size"} if stated.get("vocab_size") == -1 else set()  # so do old checkpoints
+    values = model_settings(where, stated, _INERT | by_tokenizer)
+    return build_config(where, _DEFAULTS | _dimensions(files, values) | values)
 
 
 def _dimensions(files: Sequence[TensorFile], stated: Mapping[str, Any]) -> dict[str, int]:

@@ -34,6 +34,7 @@ _MAPPED_LIMIT_BYTES = 256 << 20
 class TensorEntry:
     """What a weight file says about one tensor without reading it."""
 
+    path: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -77,7 +78,7 @@ class _SafetensorsFile(TensorFile):
             dtype = _SAFETENSORS_DTYPES.get(view.get_dtype())
             if dtype is None:
                 raise CheckpointError(f"{path}: tensor {name} has type {view.get_dtype()}; weights are floating point")
-            self.entries[name] = TensorEntry(tuple(view.get_shape()), dtype)
+            self.entries[name] = TensorEntry(path, tuple(view.get_shape()), dtype)
 
     def _remap(self) -> None:
         try:
@@ -97,7 +98,9 @@ class _TorchFile(TensorFile):
         super().__init__(path)
         self._is_zip = is_zip
         self._tensors = self._load()
-        self.entries = {name: TensorEntry(tuple(value.shape), value.dtype) for name, value in self._tensors.items()}
+        self.entries = {
+            name: TensorEntry(path, tuple(value.shape), value.dtype) for name, value in self._tensors.items()
+        }
 
     def _remap(self) -> None:
         if self._is_zip:  # the older format cannot be mapped: it is in memory once and stays there
@@ -113,7 +116,9 @@ class _TorchFile(TensorFile):
                 f"{self.path}: holds more than tensors (its pickle asks for code, which is never run) or is damaged; "
                 "save a flat dictionary of tensors"
             ) from error
-        except (RuntimeError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a parser meets in foreign bytes
             raise CheckpointError(
                 f"{self.path}: damaged or truncated PyTorch file ({_one_line(error)}); copy it again"
             ) from error
@@ -133,13 +138,14 @@ class _TorchFile(TensorFile):
         return self._tensors[name].detach().contiguous()
 
 
+def is_safetensors(path: Path) -> bool:
+    """Whether the first bytes are a safetensors header's; the rest may still be damaged."""
+    return _head(path)[_SAFETENSORS_HEADER_START:] == b"{"
+
+
 def open_tensor_file(path: Path) -> TensorFile:
     """Map a weight file; its first bytes tell the format. Raises `CheckpointError` when it is damaged or neither."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(_SAFETENSORS_HEADER_START + 1)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
+    head = _head(path)
     if head.startswith(_ZIP_MAGIC):
         return _TorchFile(path, is_zip=True)
     if head[_SAFETENSORS_HEADER_START:] == b"{":
@@ -147,6 +153,14 @@ def open_tensor_file(path: Path) -> TensorFile:
     if head.startswith(_PICKLE_MAGIC):
         return _TorchFile(path, is_zip=False)
     raise CheckpointError(f"{path}: neither a safetensors nor a PyTorch file; its first bytes are {head!r}")
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(_SAFETENSORS_HEADER_START + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
 
 
 def _one_line(error: Exception) -> str:

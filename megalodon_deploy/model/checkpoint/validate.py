@@ -19,25 +19,25 @@ def check_tensors(
 ) -> None:
     """Every expected tensor is there with its shape, and nothing else; `optional` ones may be absent.
 
-    Raises `CheckpointError` naming the file `where` and the first offending tensor.
+    Raises `CheckpointError` naming the first offending tensor and its file, or `where` it is missing.
     """
     for name, shape in expected.items():
         if name in found:
-            _check_entry(where, name, found[name], shape)
+            _check_entry(name, found[name], shape)
         elif name not in optional:
             raise CheckpointError(f"{where}: tensor {name} is missing; expected shape {list(shape)}")
     if extra := [name for name in found if name not in expected]:
         raise CheckpointError(
-            f"{where}: unexpected tensor {extra[0]} of shape {list(found[extra[0]].shape)}; "
+            f"{found[extra[0]].path}: unexpected tensor {extra[0]} of shape {list(found[extra[0]].shape)}; "
             "this configuration has no such weight"
         )
 
 
-def _check_entry(where: Path, name: str, entry: TensorEntry, shape: Shape) -> None:
+def _check_entry(name: str, entry: TensorEntry, shape: Shape) -> None:
     if entry.shape != shape:
-        raise CheckpointError(f"{where}: tensor {name} has shape {list(entry.shape)}, expected {list(shape)}")
+        raise CheckpointError(f"{entry.path}: tensor {name} has shape {list(entry.shape)}, expected {list(shape)}")
     if entry.dtype not in FLOAT_DTYPES and not name.endswith(PRIOR_COUNT):
-        raise CheckpointError(f"{where}: tensor {name} has type {entry.dtype}, expected floating point")
+        raise CheckpointError(f"{entry.path}: tensor {name} has type {entry.dtype}, expected floating point")
 
 
 def read_checked(file: TensorFile, name: str) -> torch.Tensor:

@@ -1,0 +1,168 @@
+"""ONNX Runtime on the CPU.
+
+Every buffer that a decode step reads or writes is bound once and written in place from then on. Present CEMA and norm
+tensors are bound to the other half of a pair, and the next step has them as its past. New key/value rows are copied
+into the memory of the open chunk; the memory itself is never copied for a token, and bound again only when its
+capacity changes. Letters as in `megalodon_deploy.state`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megalodon_deploy.errors import BundleError, EngineError, MissingDependencyError
+from megalodon_deploy.runtime.executors.host_memory import KeyValueMemory
+from megalodon_deploy.state import LOGITS, POSITION, TOKENS, StateSpec, concrete_shape, state_specs
+
+if TYPE_CHECKING:
+    from megalodon_deploy.bundle import Bundle
+
+_ACTIVATIONS: dict[str, np.dtype] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
+_QUIET = 3  # log errors only
+
+Arrays = dict[str, np.ndarray]
+
+
+class OnnxRuntimeExecutor:
+    """Raises `MissingDependencyError` without onnxruntime, `EngineError` for a precision that the CPU lacks and
+    `BundleError` for a graph that ONNX Runtime refuses or whose inputs are not the bundle's."""
+
+    backend = "onnxruntime"
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+        precision = bundle.manifest.precision
+        if precision not in _ACTIVATIONS:
+            raise EngineError(
+                f"{bundle.path}: ONNX Runtime cannot multiply {precision} matrices on a CPU; "
+                "use the backend torch or a TensorRT engine, or export with --precision fp32"
+            )
+        self.config = bundle.config
+        self.activation = _ACTIVATIONS[precision]
+        self.returns_all_logits = bundle.manifest.logits == "all"
+        self.session = _load(bundle, threads)
+        names = {spec.past for spec in state_specs(self.config)} | {TOKENS, POSITION}
+        if unlike := sorted(names ^ {node.name for node in self.session.get_inputs()}):
+            raise BundleError(f"{bundle.model_path}: input {unlike[0]} does not follow from its config; export again")
+
+    def open_slots(self, num_slots: int) -> OnnxRuntimeMemory:
+        return OnnxRuntimeMemory(self, num_slots)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One bound call: fill `tokens` and `position`, run, read `logits` and `new_rows`."""
+
+    binding: Any
+    tokens: np.ndarray  # [b, T]
+    position: np.ndarray  # [b]
+    logits: np.ndarray  # [b, K, V]
+    new_rows: Arrays  # [b, H, T, w] by output name
+
+
+class OnnxRuntimeMemory:
+    """State of several streams in main memory."""
+
+    def __init__(self, executor: OnnxRuntimeExecutor, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self._executor = executor
+        config = executor.config
+        self._rows = KeyValueMemory(config, num_slots, executor.activation)
+        self._row_specs = [spec for spec in state_specs(config) if spec.is_activation]
+        self._recurrent_specs = [spec for spec in state_specs(config) if not spec.is_activation]
+        self._past, self._present = (self._recurrent_buffers(), self._recurrent_buffers())
+        self._steps: dict[tuple[int, int, int], _Call] = {}  # calls of one token, by rows and place of the past
+        self._bound_capacity = self._rows.capacity
+
+    def run(self, rows: slice, tokens_BT: np.ndarray, position_B: np.ndarray) -> np.ndarray:
+        call = self._step_call(rows) if tokens_BT.shape[1] == 1 else self._bind(rows, tokens_BT.shape[1])
+        call.tokens[...] = tokens_BT
+        call.position[...] = position_B
+        self._executor.session.run_with_iobinding(call.binding)
+        self._rows.append(rows, position_B, call.new_rows)
+        if rows == slice(0, self.num_slots):
+            self._past, self._present = self._present, self._past
+        else:
+            for name, past in self._past.items():
+                past[rows] = self._present[name][rows]
+        return call.logits
+
+    def read(self, slot: int, position: int) -> Arrays:
+        rows = self._rows.read(slot, position % self._executor.config.chunk_size)
+        return rows | {name: past[slot : slot + 1].copy() for name, past in self._past.items()}
+
+    def write(self, slot: int, position: int, tensors: Mapping[str, np.ndarray]) -> None:
+        self._rows.write(slot, position % self._executor.config.chunk_size, tensors)
+        for name, past in self._past.items():
+            past[slot] = tensors[name][0]
+
+    def retire(self, slot: int) -> None:
+        # A value row that is not finite makes its own token's output so, and the final norm carries that on for ever:
+        # the small tensors tell of the large ones.
+        is_broken = not all(np.isfinite(past[slot]).all() for past in self._past.values())
+        if is_broken:
+            for buffers in (self._past, self._present):
+                for buffer in buffers.values():
+                    buffer[slot] = 0
+        self._rows.retire(slot, clear=is_broken)
+
+    def _recurrent_buffers(self) -> Arrays:
+        return {
+            spec.past: np.zeros(concrete_shape(spec.past_shape, batch=self.num_slots), np.float32)
+            for spec in self._recurrent_specs
+        }
+
+    def _step_call(self, rows: slice) -> _Call:
+        """The bound call of one token: found, or made when rows, capacity or the pair's order are new."""
+        if self._bound_capacity != self._rows.capacity:
+            self._steps.clear()
+            self._bound_capacity = self._rows.capacity
+        key = (rows.start, rows.stop, id(self._past))
+        if key not in self._steps:
+            self._steps[key] = self._bind(rows, 1)
+        return self._steps[key]
+
+    def _bind(self, rows: slice, num_tokens: int) -> _Call:
+        """Bind the memory of a range of rows, and fresh buffers for everything else."""
+        batch = rows.stop - rows.start
+        num_logits = num_tokens if self._executor.returns_all_logits else 1
+        call = _Call(
+            binding=self._executor.session.io_binding(),
+            tokens=np.zeros((batch, num_tokens), np.int64),
+            position=np.zeros(batch, np.int64),
+            logits=np.empty((batch, num_logits, self._executor.config.vocab_size), np.float32),
+            new_rows={spec.present: self._new_rows(spec, batch, num_tokens) for spec in self._row_specs},
+        )
+        inputs = {TOKENS: call.tokens, POSITION: call.position}
+        inputs |= {name: array[rows] for name, array in (self._rows.views | self._past).items()}
+        outputs = {LOGITS: call.logits} | call.new_rows
+        outputs |= {spec.present: self._present[spec.past][rows] for spec in self._recurrent_specs}
+        for name, array in inputs.items():
+            call.binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        for name, array in outputs.items():
+            call.binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        return call
+
+    def _new_rows(self, spec: StateSpec, batch: int, num_tokens: int) -> np.ndarray:
+        shape = concrete_shape(spec.present_shape, batch=batch, tokens=num_tokens)
+        return np.empty(shape, self._executor.activation)
+
+
+def _load(bundle: Bundle, threads: int | None) -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError(
+            "ONNX Runtime is not installed: pip install 'megalodon-deploy[cpu]', or [gpu] where CUDA is"
+        ) from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _QUIET
+    options.intra_op_num_threads = threads or 0
+    try:
+        return onnxruntime.InferenceSession(str(bundle.model_path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its error classes share no other base
+        text = " ".join(str(error).split())
+        raise BundleError(f"{bundle.model_path}: ONNX Runtime cannot load it ({text}); export it again") from error

@@ -1,0 +1,46 @@
+"""Verification of a bundle: PyTorch against whatever runs it, over calls that cross chunk edges, state included.
+
+`verify_bundle` plans schedules of calls (`schedule`), computes them with PyTorch twice, each row's whole stream in one
+parallel call and call by call (`reference`), runs the graph in ONNX Runtime and the public runtime over the same calls
+(`candidates`), and compares every logit and every state tensor of every call (`compare`, `tolerance`). Runners and the
+comparison loop are Polygraphy's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megalodon_deploy.bundle import Bundle
+from megalodon_deploy.errors import MissingDependencyError
+
+if TYPE_CHECKING:
+    from megalodon_deploy.verify.report import VerifyReport
+
+_PACKAGES = ("torch", "onnxruntime", "polygraphy", "onnx", "onnx_ir")
+
+
+def verify_bundle(
+    bundle: Bundle, *, ckpt: str | Path | None = None, progress: Callable[[str, float], None] | None = None
+) -> VerifyReport:
+    """Compare a bundle with PyTorch.
+
+    Args:
+        bundle: an opened bundle.
+        ckpt: the checkpoint it was exported from, which checks the weights' way into the bundle too. Without it the
+            reference computes with the weights that lie in the bundle.
+        progress: called with a stage and the fraction done.
+
+    Raises `CheckpointError` for a checkpoint that cannot be read or is of another model, `BundleError` for a graph
+    that lacks weights, `MissingDependencyError` without the packages of the extra `verify`. A miss is not raised: the
+    report's `passed` says it.
+    """
+    if missing := [package for package in _PACKAGES if find_spec(package) is None]:
+        raise MissingDependencyError(
+            f"verify needs {', '.join(missing)}: install with `pip install 'megalodon-deploy[verify]'`"
+        )
+    from megalodon_deploy.verify.verification import run_verification
+
+    return run_verification(bundle, ckpt, progress)

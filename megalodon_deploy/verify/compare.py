@@ -1,0 +1,255 @@
+"""Comparison of one call's outputs: what is missing, misshapen, not finite or too far off.
+
+Stock comparison passes an element when its absolute or its relative error is small, and only warns about an output
+that one side lacks. Here a call passes when every tensor of the contract is there with its shape and dtype, nothing
+else is, every number is finite, and no error exceeds its tolerance: `not (error <= tolerance)` is a miss.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol, cast
+
+import numpy as np
+
+from megalodon_deploy.bundle import LogitsMode
+from megalodon_deploy.config import MegalodonConfig
+from megalodon_deploy.state import LOGITS, StateSpec, concrete_shape, state_specs, unpack_norm
+from megalodon_deploy.verify.schedule import Call, Schedule
+from megalodon_deploy.verify.tolerance import SCALE_FLOOR, TensorKind, norm_tolerance
+
+
+class CallResult(Protocol):
+    """What Polygraphy hands to a compare function: outputs by name, and who computed them."""
+
+    runner_name: str
+
+    def items(self) -> Iterator[tuple[str, np.ndarray]]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contract:
+    """What a candidate promises: which outputs, in which types, how close."""
+
+    logits: LogitsMode
+    activation: np.dtype
+    tolerances: Mapping[TensorKind, float]
+    hidden: frozenset[str] = frozenset()  # kinds of the state table that it does not show
+
+
+@dataclass(frozen=True)
+class ExpectedTensor:
+    """An output that the contract demands of a call."""
+
+    name: str
+    kind: str  # of the state table, or "logits"
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One tensor of one call, compared. Where `problem` is set, the numbers after it mean nothing."""
+
+    schedule: str
+    call: int
+    reference: str
+    candidate: str
+    tensor: str
+    kind: str
+    problem: str | None = None
+    error: float = 0.0  # over the scale of the reference, at the worst element
+    tolerance: float = 0.0
+    absolute_error: float = 0.0
+    expected: float = 0.0
+    found: float = 0.0
+    index: tuple[int, ...] = ()  # of the worst element
+    position: int | None = None  # of the token in its stream to which that element belongs
+
+    @property
+    def passed(self) -> bool:
+        return self.problem is None and self.error <= self.tolerance
+
+    @property
+    def share(self) -> float:
+        """Error over tolerance; infinite where nothing could be compared."""
+        return float("inf") if self.problem is not None else self.error / self.tolerance
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    def describe(self) -> str:
+        """One line for a person."""
+        where = f"{self.tensor} in call {self.call} of schedule {self.schedule}, {self.candidate}"
+        if self.problem is not None:
+            return f"{where}: {self.problem}"
+        return (
+            f"{where}: error {self.error:.2g} against {self.reference}, tolerance {self.tolerance:.2g}, "
+            f"at index {list(self.index)} (token {self.position}): {self.found:.6g} instead of {self.expected:.6g}"
+        )
+
+
+def expected_outputs(config: MegalodonConfig, call: Call, contract: Contract) -> dict[str, ExpectedTensor]:
+    """The outputs of `call` by name, from the state table, in the order in which the model computes them: the first
+    that is off lies next to the cause."""
+    batch, num_tokens = len(call.positions), call.num_tokens
+    float32 = np.dtype(np.float32)
+    outputs = []
+    for spec in sorted(state_specs(config), key=_dataflow):
+        if spec.kind in contract.hidden:
+            continue
+        shape = concrete_shape(spec.present_shape, batch=batch, tokens=num_tokens)
+        dtype = contract.activation if spec.is_activation else float32
+        outputs.append(ExpectedTensor(spec.present, spec.kind, shape, dtype))
+    num_logits = num_tokens if contract.logits == "all" else 1
+    outputs.append(ExpectedTensor(LOGITS, "logits", (batch, num_logits, config.vocab_size), float32))
+    return {tensor.name: tensor for tensor in outputs}
+
+
+def _dataflow(spec: StateSpec) -> tuple[float, int]:
+    """Layer by layer; within a layer as its block computes them."""
+    layer = spec.present.rsplit(".", 1)[1]
+    return (float("inf") if layer == "final" else int(layer), ("norm", "cema", "value", "key").index(spec.kind))
+
+
+class ContractCompare:
+    """A Polygraphy compare function over the calls of one schedule; keeps every finding in `findings`.
+
+    It is called once per call and pair of runners, in the schedule's order. The reference returns all state tensors
+    and the logits of all positions; `contracts` says for each candidate's runner name what to expect of it.
+    """
+
+    def __init__(self, config: MegalodonConfig, schedule: Schedule, contracts: Mapping[str, Contract]) -> None:
+        self.findings: list[Finding] = []
+        self._config = config
+        self._schedule = schedule
+        self._contracts = contracts
+        self._fed_tokens = list(schedule.fed_tokens())
+        self._num_calls: Counter[tuple[str, str]] = Counter()
+
+    @property
+    def num_compared(self) -> int:
+        """Calls compared so far, over all pairs."""
+        return self._num_calls.total()
+
+    def __call__(self, reference: CallResult, candidate: CallResult) -> OrderedDict[str, Finding]:
+        pair = (reference.runner_name, candidate.runner_name)
+        index = self._num_calls[pair]
+        self._num_calls[pair] += 1
+        wanted = expected_outputs(self._config, self._schedule.calls[index], self._contracts[pair[1]])
+        references, found = dict(reference.items()), dict(candidate.items())
+        findings = OrderedDict()
+        for name in [*wanted, *(name for name in found if name not in wanted)]:
+            blank = Finding(
+                schedule=self._schedule.name,
+                call=index,
+                reference=pair[0],
+                candidate=pair[1],
+                tensor=name,
+                kind=wanted[name].kind if name in wanted else "",
+            )
+            for finding in self._compare(blank, wanted.get(name), references, found.get(name)):
+                findings[f"{name} {finding.kind}"] = finding
+        self.findings += findings.values()
+        return findings
+
+    def _compare(
+        self,
+        blank: Finding,
+        wanted: ExpectedTensor | None,
+        references: Mapping[str, np.ndarray],
+        found: np.ndarray | None,
+    ) -> Iterator[Finding]:
+        problem = _problem(wanted, found)
+        if problem is not None or wanted is None or found is None:
+            yield replace(blank, problem=problem)
+            return
+        expected = np.asarray(references[wanted.name])
+        if wanted.kind == "logits":
+            expected = expected[:, -found.shape[1] :]
+        assert expected.shape == found.shape, f"Bug: reference {wanted.name} has shape {expected.shape}"
+        if not np.isfinite(expected).all():
+            yield replace(blank, problem="the reference itself is not finite: check the weights")
+            return
+        call = self._schedule.calls[blank.call]
+        for measured in _measure(wanted.kind, expected, found, self._config.norm_eps):
+            tolerance_B = self._tolerance(measured.kind, blank)
+            yield measured.finding(blank, tolerance_B, call)
+
+    def _tolerance(self, kind: TensorKind, blank: Finding) -> np.ndarray:
+        """[B], because a norm's tolerance depends on how long a row's stream is."""
+        call, fed = self._schedule.calls[blank.call], self._fed_tokens[blank.call]
+        tolerance = self._contracts[blank.candidate].tolerances[kind]
+        if not kind.startswith("norm"):
+            return np.full(len(call.positions), tolerance)
+        counts = [position + call.num_tokens for position in call.positions]
+        return np.array([norm_tolerance(tolerance, fed_tokens=k, count=n) for k, n in zip(fed, counts, strict=True)])
+
+
+def _problem(wanted: ExpectedTensor | None, found: np.ndarray | None) -> str | None:
+    if wanted is None:
+        return "this output is not in the contract"
+    if found is None:
+        return "this output is missing"
+    if tuple(found.shape) != wanted.shape:
+        return f"shape {list(found.shape)}, expected {list(wanted.shape)}"
+    if found.dtype != wanted.dtype:
+        return f"dtype {found.dtype}, expected {wanted.dtype}"
+    num_bad = int(np.count_nonzero(~np.isfinite(found)))
+    if num_bad:
+        first = [int(axis[0]) for axis in np.nonzero(~np.isfinite(found))]
+        return f"{num_bad} of {found.size} elements are NaN or infinite, the first at index {first}"
+    return None
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Two arrays of one kind, and the size that an error is held against; rows of the batch come first."""
+
+    kind: TensorKind
+    expected: np.ndarray
+    found: np.ndarray
+    scale: np.ndarray  # broadcasts against them
+
+    def finding(self, blank: Finding, tolerance_B: np.ndarray, call: Call) -> Finding:
+        """The worst element: the one with the largest share of its tolerance."""
+        absolute = np.abs(self.found - self.expected)
+        error = absolute / self.scale
+        tolerance = np.broadcast_to(tolerance_B.reshape(-1, *[1] * (error.ndim - 1)), error.shape)
+        index = np.unravel_index(int(np.argmax(error / tolerance)), error.shape)
+        return replace(
+            blank,
+            kind=self.kind,
+            error=float(error[index]),
+            tolerance=float(tolerance[index]),
+            absolute_error=float(absolute[index]),
+            expected=float(self.expected[index]),
+            found=float(self.found[index]),
+            index=tuple(int(axis) for axis in index),
+            position=_token_position(self.kind, index, error.shape, call),
+        )
+
+
+def _measure(kind: str, expected: np.ndarray, found: np.ndarray, eps: float) -> Iterator[_Measured]:
+    if kind == "norm":
+        (mean, var), (found_mean, found_var) = unpack_norm(expected), unpack_norm(found)
+        rms = np.sqrt(mean**2 + var + eps)
+        yield _Measured("norm mean", mean, found_mean, rms)
+        yield _Measured("norm var", var, found_var, rms * np.sqrt(var + eps))
+        return
+    # float32 is enough here: the difference of two close float32 numbers is exact
+    expected, found = expected.astype(np.float32, copy=False), found.astype(np.float32, copy=False)
+    scale = np.abs(expected).max(axis=tuple(range(1, expected.ndim)), keepdims=True)
+    yield _Measured(cast(TensorKind, kind), expected, found, np.maximum(scale, SCALE_FLOOR))
+
+
+def _token_position(kind: TensorKind, index: tuple[np.intp, ...], shape: tuple[int, ...], call: Call) -> int:
+    """Which token of its stream the element belongs to; a recurrent tensor belongs to the last one of the call."""
+    token = call.num_tokens - 1
+    if kind == "logits":
+        token += int(index[1]) - (shape[1] - 1)
+    elif kind in ("key", "value"):
+        token = int(index[2])
+    return call.positions[int(index[0])] + token

@@ -1,0 +1,77 @@
+"""One schedule, one candidate: run through Polygraphy's comparator call by call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from polygraphy.comparator import Comparator, RunResults
+from polygraphy.logger import G_LOGGER
+
+from megalodon_deploy.config import MegalodonConfig
+from megalodon_deploy.state import TOKENS
+from megalodon_deploy.verify.compare import Contract, ContractCompare, Finding
+from megalodon_deploy.verify.reference import ReferenceRunner, Start
+from megalodon_deploy.verify.runners import CandidateFailedError, Feed, StreamRunner
+from megalodon_deploy.verify.schedule import Schedule
+
+REFERENCE = "PyTorch"
+Tick = Callable[[str, int], None]  # told before every call who computes how many tokens
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something that claims to compute what PyTorch computes."""
+
+    name: str
+    what: str  # for the report
+    contract: Contract
+    make_runner: Callable[[Schedule, Start], StreamRunner]
+
+
+def run_references(references: Sequence[ReferenceRunner], feeds: Iterable[Feed], tick: Tick) -> list[RunResults]:
+    """Results of all references, an item per call."""
+    with G_LOGGER.verbosity():
+        return list(Comparator.run([*references], _told(feeds, REFERENCE, tick), streaming=True))
+
+
+def compare_candidate(
+    config: MegalodonConfig,
+    schedule: Schedule,
+    candidate: Candidate,
+    start: Start,
+    feeds: Iterable[Feed],
+    references: Sequence[RunResults],
+    tick: Tick,
+) -> list[Finding]:
+    """Findings of every tensor of every call against each reference; a candidate that cannot go on is one, too."""
+    runner = candidate.make_runner(schedule, start)
+    compare = ContractCompare(config, schedule, {runner.name: candidate.contract})
+    names = list(references[0].keys())
+    try:
+        with G_LOGGER.verbosity():
+            Comparator.compare_accuracy(
+                [iter(references), Comparator.run([runner], _told(feeds, candidate.name, tick), streaming=True)],
+                comparisons=[(index, len(names)) for index in range(len(names))],
+                compare_func=compare,
+            )
+    except CandidateFailedError as failure:
+        stopped = Finding(
+            schedule=schedule.name,
+            call=compare.num_compared // len(names),
+            reference=names[0],
+            candidate=candidate.name,
+            tensor="all outputs",
+            kind="",
+            problem=str(failure),
+        )
+        return [*compare.findings, stopped]
+    num_due = len(schedule.calls) * len(names)
+    assert compare.num_compared == num_due, f"Bug: {compare.num_compared} of {num_due} calls were compared"
+    return compare.findings
+
+
+def _told(feeds: Iterable[Feed], who: str, tick: Tick) -> Iterator[Feed]:
+    for feed in feeds:
+        tick(who, feed[TOKENS].size)
+        yield feed

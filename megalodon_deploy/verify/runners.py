@@ -1,0 +1,127 @@
+"""Polygraphy runners that stream: each inference is one call of a schedule, and state goes on from call to call.
+
+All runners take the same feed: `tokens`, `position` and the `capacity` S of the key/value memory that a caller would
+pass. A candidate (`CarriedRunner` around a stock runner of one call) returns the graph's outputs; a reference returns
+the same names, in float32, with the logits of all positions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+from polygraphy.backend.base import BaseRunner
+from polygraphy.common import TensorMetadata
+
+from megalodon_deploy.config import MegalodonConfig
+from megalodon_deploy.state import POSITION, TOKENS, state_specs
+from megalodon_deploy.verify.memory import PoisonedMemory
+from megalodon_deploy.verify.schedule import Schedule
+
+CAPACITY = "capacity"  # [] int64, S of this call
+Feed = Mapping[str, np.ndarray]
+
+
+class CandidateFailedError(Exception):
+    """A candidate that could not run a call at all; the message says which and why, in one line."""
+
+
+def make_feeds(schedule: Schedule, vocab_size: int, seed: int) -> Iterator[dict[str, np.ndarray]]:
+    """One feed dict per call, with random tokens."""
+    random = np.random.default_rng(seed)
+    for call in schedule.calls:
+        yield {
+            TOKENS: random.integers(0, vocab_size, (schedule.batch, call.num_tokens), dtype=np.int64),
+            POSITION: np.array(call.positions, np.int64),
+            CAPACITY: np.array(call.capacity, np.int64),
+        }
+
+
+class StreamRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy ships no types
+    """Base of the runners here: the common feed, and the time of an inference."""
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        batch_tokens, batch, scalar = (None, None), (None,), ()
+        metadata = TensorMetadata()
+        for name, shape in ((TOKENS, batch_tokens), (POSITION, batch), (CAPACITY, scalar)):
+            metadata.add(name, dtype=np.int64, shape=shape)
+        return metadata
+
+    def infer_impl(self, feed_dict: Feed) -> OrderedDict[str, np.ndarray]:
+        begin = time.perf_counter()
+        outputs = self.call(feed_dict[TOKENS], feed_dict[POSITION], int(feed_dict[CAPACITY]))
+        self.inference_time = time.perf_counter() - begin
+        return OrderedDict(outputs)
+
+    def call(self, tokens_BT: np.ndarray, position_B: np.ndarray, capacity: int) -> Mapping[str, np.ndarray]:
+        """Outputs by name of one call."""
+        raise NotImplementedError
+
+    @contextmanager
+    def failing(self, what: str) -> Iterator[None]:
+        """Turn whatever a backend raises, which has no common base, into a `CandidateFailedError`."""
+        try:
+            yield
+        except Exception as error:
+            raise CandidateFailedError(f"{self.name} {what}: {' '.join(str(error).split())}") from error
+
+
+class CarriedRunner(StreamRunner):
+    """Streams through a stock runner that knows single calls: ONNX Runtime's or TensorRT's.
+
+    `start` holds the past tensors, by input name, of rows that begin past position 0.
+    """
+
+    def __init__(
+        self,
+        single: BaseRunner,
+        config: MegalodonConfig,
+        schedule: Schedule,
+        start: Mapping[str, np.ndarray],
+        *,
+        activation: np.dtype,
+        name: str,
+    ) -> None:
+        super().__init__(name=name)
+        self._single = single
+        self._config = config
+        self._schedule = schedule
+        self._start = start
+        self._activation = activation
+
+    def activate_impl(self) -> None:
+        self._memory = PoisonedMemory(
+            self._config,
+            self._schedule.start_positions,
+            self._start,
+            num_rows=self._schedule.memory_rows,
+            activation=self._activation,
+        )
+        self._broken: str | None = None
+        with self.failing("cannot load the graph"):
+            self._single.activate()
+        self._check_inputs()
+
+    def deactivate_impl(self) -> None:
+        self._single.deactivate()
+        del self._memory
+
+    def _check_inputs(self) -> None:
+        wanted = {TOKENS, POSITION, *(spec.past for spec in state_specs(self._config))}
+        found = set(self._single.get_input_metadata(use_numpy_dtypes=False))
+        if wanted != found:
+            extra, missing = sorted(found - wanted), sorted(wanted - found)
+            raise CandidateFailedError(f"{self.name}: inputs {extra} are not in the contract, {missing} are missing")
+
+    def call(self, tokens_BT: np.ndarray, position_B: np.ndarray, capacity: int) -> Mapping[str, np.ndarray]:
+        if self._broken:
+            raise CandidateFailedError(f"{self.name} cannot go on with schedule {self._schedule.name}: {self._broken}")
+        positions = position_B.tolist()
+        feed = {TOKENS: tokens_BT, POSITION: position_B, **self._memory.past(positions, capacity)}
+        with self.failing(f"cannot run schedule {self._schedule.name}"):
+            outputs: Mapping[str, np.ndarray] = self._single.infer(feed, check_inputs=False)
+        self._broken = self._memory.advance(positions, tokens_BT.shape[1], outputs)
+        return outputs

@@ -1,0 +1,55 @@
+"""The one table of tolerances: by precision of the arithmetic and by kind of tensor.
+
+An error is measured against a scale taken from the reference, never against single elements: a logit near zero has no
+relative precision. Scales:
+
+- logits, key and value rows, CEMA state: the largest magnitude of that tensor in that row of the batch;
+- a norm's mean: the root mean square sqrt(mean^2 + var) of what the group has seen. An input error dx moves the mean
+  by at most dx, and dx is relative to the inputs' own size;
+- a norm's variance: sqrt(var + eps) * sqrt(mean^2 + var + eps), since dvar = 2 * std * dx. Both are float64 numbers
+  (hi + lo) and are compared as such.
+
+Tolerances:
+
+- fp32: 2e-5, the agreement that any two float32 paths of this model owe each other, for every kind. Roundings of a
+  12-layer model add up to about 2^-24 * sqrt(12 * 12) = 7e-7, sums of a thousand products to twenty times that.
+- fp16, bf16: every activation that a layer writes is rounded to half a unit in the last place, u = 2^-11 or 2^-8;
+  independent roundings add as the root of their number. `ROUNDINGS_PER_LAYER` counts the tensors a layer writes, and
+  `CONDITIONING` is what normalising, softmax and gating may magnify them by. The reference computes in float32 on
+  weights rounded to the same precision, so rounding of weights is no part of the error.
+
+A norm's statistics over n tokens, of which only the last k were computed apart, can differ by k/n of an input's error;
+the rest is the start state that both sides were given. To this comes `PAIR_ROUNDOFF` for the (hi, lo) pair. Deep in a
+stream this demands float64 updates and a lo part that is carried: float32 state misses it by orders of magnitude.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from megalodon_deploy.bundle import Precision
+from megalodon_deploy.config import MegalodonConfig
+
+TensorKind = Literal["logits", "key", "value", "cema", "norm mean", "norm var"]
+KINDS: tuple[TensorKind, ...] = ("logits", "key", "value", "cema", "norm mean", "norm var")
+
+FLOAT32_AGREEMENT = 2e-5
+UNIT_ROUNDOFF: dict[Precision, float] = {"fp16": 2.0**-11, "bf16": 2.0**-8}
+ROUNDINGS_PER_LAYER = 12  # u, m, z, q, k, v, g, a, y, n, f, out
+CONDITIONING = 4.0
+PAIR_ROUNDOFF = 2.0**-44  # two float32 hold 48 bits; sixteen roundings of the last
+SCALE_FLOOR = 1e-3  # of an all-zero tensor, where a scale of 0 would allow nothing
+
+
+def tolerances(config: MegalodonConfig, precision: Precision) -> dict[TensorKind, float]:
+    """Allowed error over scale, by kind, for arithmetic of `precision`."""
+    if precision == "fp32":
+        return dict.fromkeys(KINDS, FLOAT32_AGREEMENT)
+    num_roundings = ROUNDINGS_PER_LAYER * config.num_layers + 2  # the embedding and the final norm
+    return dict.fromkeys(KINDS, CONDITIONING * UNIT_ROUNDOFF[precision] * math.sqrt(num_roundings))
+
+
+def norm_tolerance(tolerance: float, *, fed_tokens: int, count: int) -> float:
+    """Tolerance of a norm's statistics over `count` tokens, the last `fed_tokens` of which were computed apart."""
+    return tolerance * min(1.0, fed_tokens / count) + PAIR_ROUNDOFF

@@ -1,0 +1,104 @@
+"""The ONNX graph as TensorRT should see it: functions stripped where a plugin takes over, no float64 elsewhere.
+
+Only the graph file is read and rewritten, in memory; weights stay in their external file, which the parser maps.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx
+
+OPERATOR_DOMAIN = "megalodon"
+
+
+@dataclass(frozen=True)
+class PreparedGraph:
+    """A serialized model for the parser, and what was done to it."""
+
+    model: bytes
+    plugin_nodes: dict[str, int]  # operator -> nodes that a plugin must take
+    narrowed: bool  # float64 arithmetic was turned into float32
+
+
+def prepare_graph(model_path: Path, plugin_operators: Iterable[str]) -> PreparedGraph:
+    """Read `model_path` without weights and rewrite it.
+
+    TensorRT's parser prefers a model-local function to a plugin of the same name, so functions of
+    `plugin_operators` are removed. TensorRT has no float64: what stays of it in other functions becomes float32.
+    """
+    import onnx
+
+    model = onnx.load(model_path, load_external_data=False)
+    operators = set(plugin_operators)
+    kept = [function for function in model.functions if not _is_plugin(function.domain, function.name, operators)]
+    del model.functions[:]
+    model.functions.extend(kept)
+    nodes = Counter(node.op_type for node in model.graph.node if _is_plugin(node.domain, node.op_type, operators))
+    narrowed = narrow_float64(model)
+    return PreparedGraph(model.SerializeToString(), dict(nodes), narrowed)
+
+
+def _is_plugin(domain: str, name: str, operators: set[str]) -> bool:
+    return domain == OPERATOR_DOMAIN and name in operators
+
+
+def narrow_float64(model: onnx.ModelProto) -> bool:
+    """Turn every float64 type, constant and cast of the graph and its functions into float32; whether any was there."""
+    changed = _narrow_graph(model.graph)
+    for function in model.functions:
+        changed |= _narrow_values(function.value_info)
+        changed |= _narrow_nodes(function.node)
+    return changed
+
+
+def _narrow_graph(graph: onnx.GraphProto) -> bool:
+    changed = _narrow_nodes(graph.node)
+    for values in (graph.input, graph.output, graph.value_info):
+        changed |= _narrow_values(values)
+    for tensor in graph.initializer:
+        changed |= _narrow_tensor(tensor)
+    return changed
+
+
+def _narrow_nodes(nodes: Iterable[onnx.NodeProto]) -> bool:
+    import onnx
+
+    changed = False
+    for attribute in (attribute for node in nodes for attribute in node.attribute):
+        if attribute.type == onnx.AttributeProto.TENSOR:
+            changed |= _narrow_tensor(attribute.t)
+        elif attribute.type == onnx.AttributeProto.GRAPH:
+            changed |= _narrow_graph(attribute.g)
+        elif attribute.name in ("to", "dtype") and attribute.i == onnx.TensorProto.DOUBLE:
+            attribute.i = onnx.TensorProto.FLOAT
+            changed = True
+    return changed
+
+
+def _narrow_values(values: Iterable[onnx.ValueInfoProto]) -> bool:
+    import onnx
+
+    changed = False
+    for value in values:
+        if value.type.tensor_type.elem_type == onnx.TensorProto.DOUBLE:
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+            changed = True
+    return changed
+
+
+def _narrow_tensor(tensor: onnx.TensorProto) -> bool:
+    import numpy as np
+    import onnx
+    from onnx import numpy_helper
+
+    if tensor.data_type != onnx.TensorProto.DOUBLE:
+        return False
+    assert tensor.data_location != onnx.TensorProto.EXTERNAL, f"Bug: weight {tensor.name} is exported as float64"
+    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+    return True

@@ -26,6 +26,7 @@ add_library(megalodon_register SHARED register/register.cpp)
 target_link_libraries(megalodon_register PRIVATE megalodon ${CMAKE_DL_LIBS})
 target_compile_options(megalodon_register PRIVATE -Wall -Wextra)
 target_link_options(megalodon_register PRIVATE -Wl,--version-script=${CMAKE_CURRENT_SOURCE_DIR}/register/exports.map)
+target_include_directories(megalodon_register PRIVATE ${CMAKE_CURRENT_SOURCE_DIR})
 target_include_directories(megalodon_register SYSTEM PRIVATE ${MEGALODON_TENSORRT_INCLUDE}
     ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 set_target_properties(megalodon_register PROPERTIES BUILD_RPATH "$ORIGIN" INSTALL_RPATH "$ORIGIN")

@@ -4,6 +4,11 @@ set_source_files_properties(${KERNEL_SOURCES} PROPERTIES LANGUAGE CXX COMPILE_OP
 megalodon_shared_library(megalodon_emulated c_api/c_api.cpp emulation/cuda.cpp ${KERNEL_SOURCES})
 target_compile_definitions(megalodon_emulated PRIVATE MEGALODON_EMULATE)
 
+add_executable(emulation_check tests/emulation_check.cpp emulation/cuda.cpp)
+target_compile_definitions(emulation_check PRIVATE MEGALODON_EMULATE)
+target_compile_options(emulation_check PRIVATE -Wall -Wextra -Wno-unknown-pragmas)
+target_include_directories(emulation_check PRIVATE ${CMAKE_CURRENT_SOURCE_DIR})
+
 if(EXISTS ${MEGALODON_TENSORRT_INCLUDE}/NvInferRuntime.h AND EXISTS ${MEGALODON_CUDA_INCLUDE}/cuda_runtime_api.h)
     target_sources(megalodon_emulated PRIVATE ${PLUGIN_SOURCES})
     target_include_directories(megalodon_emulated SYSTEM PRIVATE ${MEGALODON_TENSORRT_INCLUDE} ${MEGALODON_CUDA_INCLUDE})
@@ -11,6 +16,6 @@ if(EXISTS ${MEGALODON_TENSORRT_INCLUDE}/NvInferRuntime.h AND EXISTS ${MEGALODON_
     add_executable(plugin_check tests/plugin_check.cpp)
     target_link_libraries(plugin_check PRIVATE ${CMAKE_DL_LIBS})
     target_compile_options(plugin_check PRIVATE -Wall -Wextra)
-    target_include_directories(plugin_check PRIVATE include)
+    target_include_directories(plugin_check PRIVATE include ${CMAKE_CURRENT_SOURCE_DIR})
     target_include_directories(plugin_check SYSTEM PRIVATE ${MEGALODON_TENSORRT_INCLUDE} ${MEGALODON_CUDA_INCLUDE})
 endif()

@@ -213,7 +213,8 @@ void OperatorCreator::check_field(const PluginField& field) const {
     const auto declared =
         std::find_if(fields_.begin(), fields_.end(), [&](const PluginField& known) { return name == known.name; });
     if (declared == fields_.end()) throw std::invalid_argument("unknown field " + name);
-    if (field.type != declared->type || field.length != declared->length || field.data == nullptr) {
+    if (field.data == nullptr) throw std::invalid_argument("field " + name + " has no data");
+    if (field.type != declared->type || field.length != declared->length) {
         throw std::invalid_argument("field " + name + " has type " + std::to_string(static_cast<int>(field.type)) +
                                     " and length " + std::to_string(field.length) + ", expected type " +
                                     std::to_string(static_cast<int>(declared->type)) + " and length " +

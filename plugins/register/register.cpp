@@ -9,26 +9,18 @@
 #include <string>
 #include <vector>
 
+#include "register/slots.h"
+
 extern "C" nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count);
 
 namespace {
 
 constexpr const char* kPathVariable = "MEGALODON_TENSORRT_LIBRARY";
-constexpr int kFirstMajorWithoutV2 = 11;
-constexpr int kRtxMajor = 1;
-
-/// Place of IPluginRegistry::registerCreator(IPluginCreatorInterface&, char const*) in the table of virtual functions.
-/// TensorRT 10 still has four functions for IPluginV2 before it, TensorRT 11 and TensorRT-RTX do not: the header that
-/// we are compiled with fits only one of them, so the place is chosen by the library's version.
-int register_creator_slot(int major) {
-    constexpr int kSlotInVersion10 = 12, kSlotSinceVersion11 = 8;
-    return major >= kFirstMajorWithoutV2 || major == kRtxMajor ? kSlotSinceVersion11 : kSlotInVersion10;
-}
 
 bool register_creator(void* registry, int major, nvinfer1::IPluginCreatorInterface& creator) {
     using RegisterCreator = bool (*)(void*, nvinfer1::IPluginCreatorInterface&, const char*);
     void** functions = *static_cast<void***>(registry);
-    return reinterpret_cast<RegisterCreator>(functions[register_creator_slot(major)])(registry, creator, "");
+    return reinterpret_cast<RegisterCreator>(functions[megalodon::register_creator_slot(major)])(registry, creator, "");
 }
 
 template <typename Function>

@@ -16,6 +16,7 @@
 
 #include "megalodon/megalodon.h"
 #include "megalodon/state_layout.h"
+#include "register/slots.h"
 
 namespace {
 
@@ -324,6 +325,19 @@ void check_enqueue_timestep_norm(const Library& library, nvinfer1::IPluginCreato
     EXPECT(through_plugin.equals(direct));
 }
 
+/// In the Itanium C++ ABI on x86, a pointer to a virtual member function holds 1 + its offset in the table of
+/// functions.
+void check_register_slot() {
+#if defined(__x86_64__)
+    bool (nvinfer1::IPluginRegistry::*member)(nvinfer1::IPluginCreatorInterface&, const char*) =
+        &nvinfer1::IPluginRegistry::registerCreator;
+    std::ptrdiff_t offset = 0;
+    std::memcpy(&offset, &member, sizeof(offset));
+    EXPECT((offset - 1) / static_cast<std::ptrdiff_t>(sizeof(void*)) ==
+           megalodon::register_creator_slot(NV_TENSORRT_MAJOR));
+#endif
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -340,6 +354,7 @@ int main(int argc, char** argv) {
     auto& norm_creator = static_cast<nvinfer1::IPluginCreatorV3One&>(*creators[1]);
     EXPECT(ema_creator.getFieldNames()->nbFields == 0);
     check_epsilon(norm_creator);
+    check_register_slot();
     for (auto& [creator, op] : {std::pair{&ema_creator, complex_ema()}, {&norm_creator, timestep_norm()}}) {
         check_creator(*creator, op);
         const Plugin plugin = create(*creator, {});

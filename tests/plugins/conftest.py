@@ -1,0 +1,33 @@
+"""Libraries under test, compiled once for the session; nothing is done when they are up to date."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megalodon_deploy.engine.library import repository_root
+from megalodon_deploy.engine.toolchain import build_emulated, build_plugins
+from megalodon_deploy.errors import MissingDependencyError
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    root = repository_root()
+    assert root is not None, "the tests run from a checkout"
+    return root
+
+
+@pytest.fixture(scope="session")
+def emulated_path(repository: Path) -> Path:
+    """libmegalodon_emulated.so: the kernels compiled for the CPU."""
+    return build_emulated(repository / "build" / "emulated")
+
+
+@pytest.fixture(scope="session")
+def plugin_path() -> Path:
+    """The real libmegalodon.so; skipped where nothing can compile it."""
+    try:
+        return build_plugins()
+    except MissingDependencyError as error:
+        pytest.skip(f"libmegalodon.so cannot be built here: {error}")

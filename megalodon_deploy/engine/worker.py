@@ -1,8 +1,10 @@
 """The child process of a build: `python -m megalodon_deploy.engine.worker`, a job on stdin, events on stdout.
 
 An event is a line of JSON: `{"progress": [stage, fraction]}`, and at the end `{"result": {...}}`, `{"refused": our
-message}` or `{"failed": what others say}`. TensorRT's messages go to stderr. TensorRT runs here and not in the caller because it aborts the process on some errors, needs a
-folder on LD_LIBRARY_PATH, and gives memory back only at exit.
+message}` or `{"failed": what others say}`. TensorRT's messages go to stderr.
+
+TensorRT runs here and not in the caller because it aborts the process on some errors, needs a folder on
+LD_LIBRARY_PATH before the process starts, and gives memory back only at exit.
 """
 
 from __future__ import annotations

@@ -54,6 +54,10 @@ def save_checkpoint(
         raise CheckpointError(f"layout {layout!r} cannot be written; there are: native, released")
     if shards != 1 and layout == "native":
         raise CheckpointError(f"shards = {shards}: the native layout is one file; use layout='released'")
+    if shards < 1:
+        raise CheckpointError(f"shards = {shards}; expected 1 or more")
+    if tokenizer and tokenizer.file and not tokenizer.file.is_file():
+        raise CheckpointError(f"{tokenizer.file} does not exist; it is to be saved as the model's tokenizer")
     if target.exists() and not overwrite:
         raise CheckpointError(f"{target} exists already; choose another path or overwrite it")
     state = model.state_dict()

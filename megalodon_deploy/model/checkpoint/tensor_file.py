@@ -27,7 +27,9 @@ _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLE_MAGIC = b"\x80"
 _SAFETENSORS_HEADER_START = 8  # bytes: the header's length comes first
-_MAPPED_LIMIT_BYTES = 256 << 20
+_COPY_BELOW_BYTES = 1 << 20  # norms and the like: a view of one would keep a whole mapping, with its pages, alive
+_MIN_REMAP_BYTES = 16 << 20
+_REMAPS_PER_FILE = 16  # each reads the file's table of contents again: tens of milliseconds for the largest
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class TensorEntry:
 
 
 class TensorFile(ABC):
-    """One opened weight file. `read` returns views of the mapping: nothing is copied until the caller does."""
+    """One opened weight file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -48,9 +50,13 @@ class TensorFile(ABC):
         self.metadata: Mapping[str, str] = {}
         self._copied_bytes = 0
 
-    @abstractmethod
     def read(self, name: str) -> torch.Tensor:
-        """The stored tensor, contiguous."""
+        """The stored tensor, contiguous: a view of the mapping, or a copy when it is small."""
+        tensor = self._view(name)
+        return tensor.clone() if tensor.nbytes < _COPY_BELOW_BYTES else tensor
+
+    @abstractmethod
+    def _view(self, name: str) -> torch.Tensor: ...
 
     @abstractmethod
     def _remap(self) -> None:
@@ -63,7 +69,7 @@ class TensorFile(ABC):
         converts types) would seem to hold the file beside its copy.
         """
         self._copied_bytes += size_bytes
-        if self._copied_bytes >= _MAPPED_LIMIT_BYTES:
+        if self._copied_bytes >= max(_MIN_REMAP_BYTES, self.path.stat().st_size // _REMAPS_PER_FILE):
             self._copied_bytes = 0
             self._remap()
 
@@ -88,7 +94,7 @@ class _SafetensorsFile(TensorFile):
                 f"{self.path}: damaged or truncated safetensors file ({_one_line(error)}); copy it again"
             ) from error
 
-    def read(self, name: str) -> torch.Tensor:
+    def _view(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._file.get_tensor(name)
         return tensor
 
@@ -134,7 +140,7 @@ class _TorchFile(TensorFile):
                 )
         return dict(values)
 
-    def read(self, name: str) -> torch.Tensor:
+    def _view(self, name: str) -> torch.Tensor:
         return self._tensors[name].detach().contiguous()
 
 

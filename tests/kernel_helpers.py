@@ -22,7 +22,7 @@ Array = np.ndarray
 
 ACTIVATIONS = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 DTYPE_NUMBERS = {"float32": 0, "float16": 1, "bfloat16": 2}  # enum mgd_dtype
-# Largest error over the scale of the expected values. Activations are rounded once; states are float32 whatever they are.
+# Largest error over the scale of the expected values. Activations are rounded once; states are always float32.
 Y_TOLERANCES = {"float32": 3e-6, "float16": 6e-4, "bfloat16": 5e-3}
 STATE_TOLERANCE = 3e-6
 NORM_STATE_TOLERANCE = 3e-7

@@ -121,14 +121,14 @@ def test_nan_in_the_past_reaches_only_rows_that_have_one(kernels: KernelLibrary,
 
 def test_norm_state_keeps_float64_precision(kernels: KernelLibrary) -> None:
     """At token 10^7 one token moves the mean by about 10^-7 of itself, less than half a unit of float32."""
-    groups, steps = 2, 200
+    num_tokens = 200
     random = np.random.default_rng(5)
     position = np.array([10_000_000])
     past = pack_norm(np.array([[30.0, 29.0]]), np.array([[1.0, 2.0]]))
-    x = (33 + random.standard_normal((1, steps, 8))).astype(np.float32)
+    x = (33 + random.standard_normal((1, num_tokens, 8))).astype(np.float32)
     ones, zeros = np.ones(8, np.float32), np.zeros(8, np.float32)
     inputs = [x, past, position, ones, zeros]
-    _, present = run_in_parts(kernels.timestep_norm, "float32", inputs, [1] * steps)
+    _, present = run_in_parts(kernels.timestep_norm, "float32", inputs, [1] * num_tokens)
     _, expected = timestep_norm_reference(*inputs, EPSILON)
     moved = np.abs(expected[..., 0] - [30.0, 29.0]).min()
     assert_norm_state(present, expected, 1e-3 * moved / 30)
@@ -185,7 +185,13 @@ def test_complex_ema_refuses_impossible_arguments(kernels: KernelLibrary) -> Non
 
 
 def call_timestep_norm(
-    kernels: KernelLibrary, *, T: int = 17, G: int = 2, epsilon: float = EPSILON, workspace: int = 4096, alias: bool = False
+    kernels: KernelLibrary,
+    *,
+    T: int = 17,
+    G: int = 2,
+    epsilon: float = EPSILON,
+    workspace: int = 4096,
+    alias: bool = False,
 ) -> int:
     """Status of a call with B = 1 and D = 4."""
     x, past, position, weight, bias, y, present = (np.zeros(2048, np.float32) for _ in range(7))

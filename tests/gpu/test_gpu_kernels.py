@@ -1,0 +1,99 @@
+"""The real kernels on a GPU, through the C interface, against float64 loops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from kernel_helpers import (
+    ACTIVATIONS,
+    KernelLibrary,
+    assert_norm_state,
+    check_complex_ema,
+    check_timestep_norm,
+    complex_ema_inputs,
+    run_in_parts,
+    timestep_norm_inputs,
+)
+
+from megalodon_deploy.engine.library import find_plugin_library
+from megalodon_deploy.errors import UserError
+
+pytestmark = pytest.mark.gpu
+
+Array = np.ndarray
+
+CEMA_SIZES = [
+    *[(3, T, 70, N) for T, N in ((1, 16), (2, 4), (63, 8), (64, 3), (65, 32), (257, 16), (33, 40), (9, 256))],
+    (2, 1, 1024, 16),
+    (1, 2048, 1024, 16),
+]
+NORM_SIZES = [
+    *[(3, T, 66, 6) for T in (1, 2, 16, 17, 63, 64, 65, 257, 600)],
+    (2, 300, 1024, 1),
+    (2, 1, 4096, 64),
+    (1, 2048, 1024, 32),
+]
+
+
+class GpuMemory:
+    """Buffers are byte tensors of PyTorch; work goes to a stream that is not the default one."""
+
+    def __init__(self, torch: Any) -> None:
+        self.torch = torch
+        self.side_stream = torch.cuda.Stream()
+
+    def upload(self, padded: Array) -> tuple[Any, np.dtype]:
+        with self.torch.cuda.stream(self.side_stream):
+            return self.torch.from_numpy(padded.view(np.uint8).copy()).cuda(), padded.dtype
+
+    def address(self, buffer: tuple[Any, np.dtype]) -> int:
+        return int(buffer[0].data_ptr())
+
+    def download(self, buffer: tuple[Any, np.dtype]) -> Array:
+        self.side_stream.synchronize()
+        array: Array = buffer[0].cpu().numpy()
+        return array.view(buffer[1])
+
+    def stream(self) -> int:
+        return int(self.side_stream.cuda_stream)
+
+
+@pytest.fixture(scope="module")
+def kernels() -> KernelLibrary:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU: torch.cuda.is_available() is False")
+    try:
+        path: Path = find_plugin_library()
+    except UserError as error:
+        pytest.skip(str(error))
+    return KernelLibrary(path, GpuMemory(torch))
+
+
+@pytest.mark.parametrize("dtype", ACTIVATIONS)
+@pytest.mark.parametrize("sizes", CEMA_SIZES, ids=str)
+def test_complex_ema_on_gpu(kernels: KernelLibrary, sizes: tuple[int, ...], dtype: str) -> None:
+    B, T, D, N = sizes
+    check_complex_ema(kernels.complex_ema, dtype, complex_ema_inputs(B=B, T=T, D=D, N=N))
+
+
+@pytest.mark.parametrize("dtype", ACTIVATIONS)
+@pytest.mark.parametrize("sizes", NORM_SIZES, ids=str)
+def test_timestep_norm_on_gpu(kernels: KernelLibrary, sizes: tuple[int, ...], dtype: str) -> None:
+    B, T, D, G = sizes
+    check_timestep_norm(kernels.timestep_norm, dtype, timestep_norm_inputs(B=B, T=T, D=D, G=G))
+
+
+@pytest.mark.parametrize("lengths", [[1] * 65, [1, 40, 24]], ids=lambda lengths: str(len(lengths)))
+def test_any_split_gives_the_same_on_gpu(kernels: KernelLibrary, lengths: list[int]) -> None:
+    cema, norm = complex_ema_inputs(B=3, T=65, D=70, N=16), timestep_norm_inputs(B=3, T=65, D=66, G=6)
+    for run, inputs in ((kernels.complex_ema, cema), (kernels.timestep_norm, norm)):
+        whole, parts = run("float32", inputs), run_in_parts(run, "float32", inputs, lengths)
+        np.testing.assert_allclose(parts[0], whole[0], rtol=0, atol=3e-6)
+        if run == kernels.timestep_norm:
+            assert_norm_state(parts[1], whole[1], 1e-12)
+        else:
+            np.testing.assert_allclose(parts[1], whole[1], rtol=0, atol=3e-6)

@@ -42,7 +42,7 @@ def diagnose() -> list[Finding]:
         _package(("tensorrt-cu13", "tensorrt"), "build --target tensorrt", "tensorrt"),
         _package("sentencepiece", "SentencePiece tokenizers", "sentencepiece"),
         Finding("CUDA driver", _cuda_driver(), "running engines", "install NVIDIA's driver"),
-        Finding("GPU", _gpus(), "running engines", "none is visible to the CUDA driver"),
+        Finding("GPU", visible_gpus(), "running engines", "none is visible to the CUDA driver"),
         Finding("nvcc", _nvcc(), "compiling the plugin library", _extra("cuda-compiler")),
         Finding("TensorRT headers", _tensorrt_headers(), "compiling the plugin library", "set TENSORRT_ROOT"),
         Finding("plugin library", _plugin_library(), "build with our plugins", "make plugins"),
@@ -85,7 +85,8 @@ def _cuda_driver() -> str | None:
     return f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
 
 
-def _gpus() -> str | None:
+def visible_gpus() -> str | None:
+    """Names of the GPUs that the CUDA driver shows; None where there is no driver or no GPU."""
     driver = _load_cuda_driver()
     count = ctypes.c_int()
     if driver is None or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:

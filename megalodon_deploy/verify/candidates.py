@@ -1,114 +1,167 @@
-"""What is compared with PyTorch on the CPU: the graph in ONNX Runtime, and the public runtime that users call."""
+"""What is compared with PyTorch on the CPU: the graph in ONNX Runtime, and the public runtime that users call.
+
+| bundle | graph | session |
+| --- | --- | --- |
+| fp32 | as it is | ONNX Runtime |
+| fp16 | as it is, and widened to float32 | ONNX Runtime |
+| bf16 | widened to float32: ONNX Runtime has no bf16 matrix product on the CPU | PyTorch |
+
+A widened graph computes in float32 on the rounded weights, as the reference does, so float32's tolerance holds: it
+checks the graph itself more sharply than half precision could.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 
-from megalodon_deploy.bundle import Bundle
+from megalodon_deploy.bundle import Bundle, Precision
 from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.runtime.saved_stream import SavedStream
-from megalodon_deploy.runtime.session import Session
+from megalodon_deploy.runtime.session import Session, open_session
 from megalodon_deploy.runtime.stream import Stream
 from megalodon_deploy.state import LOGITS, state_specs
 from megalodon_deploy.verify.compare import Contract
-from megalodon_deploy.verify.comparison import Candidate
+from megalodon_deploy.verify.comparison import Candidate, RunnerFactory
 from megalodon_deploy.verify.reference import Start
+from megalodon_deploy.verify.report import NotRun
 from megalodon_deploy.verify.runners import CarriedRunner, StreamRunner
 from megalodon_deploy.verify.schedule import Schedule
 from megalodon_deploy.verify.tolerance import tolerances
 
-FLOAT32 = np.dtype(np.float32)
+ACTIVATIONS: dict[Precision, np.dtype] = {
+    "fp32": np.dtype(np.float32),
+    "fp16": np.dtype(np.float16),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+}
 
 
-def onnx_candidate(bundle: Bundle) -> Candidate:
-    """The graph of a float32 bundle in ONNX Runtime."""
-    load_session = functools.cache(SessionFromOnnx(str(bundle.model_path), providers=["cpu"]))
-    contract = Contract(logits=bundle.manifest.logits, activation=FLOAT32, tolerances=tolerances(bundle.config, "fp32"))
+def cpu_candidates(bundle: Bundle) -> tuple[list[Candidate], list[NotRun]]:
+    """What can run a bundle of this precision on any machine, and what cannot."""
+    precision = bundle.manifest.precision
+    candidates, not_run = [], []
+    if precision == "bf16":
+        not_run.append(NotRun("onnxruntime on the graph as it is", "it has no bf16 matrix product on the CPU"))
+    else:
+        candidates.append(_graph_candidate(bundle))
+    candidates.append(_session_candidate(bundle, "torch" if precision == "bf16" else "onnxruntime"))
+    return candidates, not_run
+
+
+def _graph_candidate(bundle: Bundle) -> Candidate:
+    precision = bundle.manifest.precision
+    contract = graph_contract(bundle, precision)
+    load = SessionFromOnnx(str(bundle.model_path), providers=["cpu"])
     return carried_candidate(
-        "onnxruntime", "the graph, ONNX Runtime on the CPU", bundle.config, contract, lambda: OnnxrtRunner(load_session)
+        "onnxruntime", f"the graph on the CPU, {precision}", bundle.config, contract, OnnxrtRunner, load
+    )
+
+
+def graph_contract(bundle: Bundle, precision: Precision) -> Contract:
+    """Of the whole graph, computed in `precision`."""
+    return Contract(
+        logits=bundle.manifest.logits,
+        activation=ACTIVATIONS[precision],
+        tolerances=tolerances(bundle.config, precision),
     )
 
 
 def carried_candidate(
-    name: str, what: str, config: MegalodonConfig, contract: Contract, make_single: Callable[[], BaseRunner]
+    name: str,
+    what: str,
+    config: MegalodonConfig,
+    contract: Contract,
+    single: Callable[[Callable[[], Any]], BaseRunner],
+    load: Callable[[], Any],
+    *,
+    max_batch: int | None = None,
 ) -> Candidate:
-    """A candidate from a stock runner that knows single calls."""
+    """A candidate from `single`, a stock runner of single calls over what `load` returns; that is loaded once."""
 
-    def make_runner(schedule: Schedule, start: Start) -> CarriedRunner:
-        return CarriedRunner(make_single(), config, schedule, start, activation=contract.activation, name=name)
+    def open_graph() -> RunnerFactory:
+        load_once = functools.cache(load)
 
-    return Candidate(name, what, contract, make_runner)
+        def make_runner(schedule: Schedule, start: Start) -> CarriedRunner:
+            runner = single(load_once)
+            return CarriedRunner(runner, config, schedule, start, activation=contract.activation, name=name)
+
+        return make_runner
+
+    return Candidate(name, what, contract, open_graph, max_batch)
 
 
-def session_candidate(session: Session) -> Candidate:
-    """The runtime's own streams, in one batch. Key and value rows stay inside; they show in what follows from them."""
+def _session_candidate(bundle: Bundle, backend: str) -> Candidate:
+    """Streams in one batch. Key and value rows stay inside; they show in what follows from them."""
+    precision, name = bundle.manifest.precision, f"{backend} session"
     contract = Contract(
         logits="last",
-        activation=session.activation,
-        tolerances=tolerances(session.config, "fp32"),
+        activation=ACTIVATIONS[precision],
+        tolerances=tolerances(bundle.config, precision),
         hidden=frozenset({"key", "value"}),
     )
-    name = f"{session.backend} session"
-    return Candidate(
-        name,
-        "Session and Stream of the runtime",
-        contract,
-        lambda schedule, start: SessionRunner(session, schedule, start, name=name),
-    )
+
+    def open_runtime() -> RunnerFactory:
+        load_once = functools.cache(lambda: open_session(bundle, backend))
+        return lambda schedule, start: SessionRunner(load_once, schedule, start, name=name)
+
+    return Candidate(name, f"Session and Stream of the runtime, {precision}", contract, open_runtime)
 
 
 class SessionRunner(StreamRunner):
     """Streams of the public runtime: admitted, resumed, fed together, retired when a row starts over."""
 
-    def __init__(self, session: Session, schedule: Schedule, start: Start, *, name: str) -> None:
+    def __init__(self, load: Callable[[], Session], schedule: Schedule, start: Start, *, name: str) -> None:
         super().__init__(name=name)
-        self._session = session
+        self._load = load
         self._schedule = schedule
         self._start = start
 
     def activate_impl(self) -> None:
-        self._batch = self._session.batch(self._schedule.batch)
-        self._streams: list[Stream] = []
-        for row, position in enumerate(self._schedule.start_positions):
-            self._streams.append(self._batch.admit(resume=self._saved(row, position) if position else None))
+        with self.failing("cannot be opened"):
+            self._session = self._load()
+            self._batch = self._session.batch(self._schedule.batch)
+            self._streams = [self._admit(row, at) for row, at in enumerate(self._schedule.start_positions)]
 
     def deactivate_impl(self) -> None:
-        del self._batch, self._streams
+        del self._session, self._batch, self._streams
 
     def call(self, tokens_BT: np.ndarray, position_B: np.ndarray, capacity: int) -> Mapping[str, np.ndarray]:
         with self.failing(f"cannot run schedule {self._schedule.name}"):
-            return self._feed(tokens_BT, position_B)
-
-    def _feed(self, tokens_BT: np.ndarray, position_B: np.ndarray) -> Mapping[str, np.ndarray]:
-        for row, position in enumerate(position_B.tolist()):
-            if position == 0 and self._streams[row].position:
-                self._batch.retire(self._streams[row])
-                self._streams[row] = self._batch.admit()
-        logits = self._batch.feed(dict(zip(self._streams, tokens_BT.tolist(), strict=True)))
+            for row, position in enumerate(position_B.tolist()):
+                if position == 0 and self._streams[row].position:
+                    self._batch.retire(self._streams[row])
+                    self._streams[row] = self._batch.admit()
+            logits = self._batch.feed(dict(zip(self._streams, tokens_BT.tolist(), strict=True)))
+            states = [stream.snapshot().tensors for stream in self._streams]
         outputs = {LOGITS: np.stack([logits[stream] for stream in self._streams])[:, None]}
-        states = [stream.snapshot().tensors for stream in self._streams]
         for spec in state_specs(self._session.config):
             if not spec.is_activation:
                 outputs[spec.present] = np.concatenate([state[spec.past] for state in states])
         return outputs
 
-    def _saved(self, row: int, position: int) -> SavedStream:
-        used = position % self._session.config.chunk_size
+    def _admit(self, row: int, position: int) -> Stream:
+        """A fresh stream, or one that goes on from the schedule's start."""
+        if position == 0:
+            return self._batch.admit()
+        config = self._session.config
+        used = position % config.chunk_size
         tensors = {}
-        for spec in state_specs(self._session.config):
+        for spec in state_specs(config):
             mine = self._start[spec.past][row : row + 1]
             tensors[spec.past] = mine[:, :, :used].astype(self._session.activation) if spec.is_activation else mine
-        return SavedStream(
+        saved = SavedStream(
             fingerprint=self._session.bundle.manifest.fingerprint,
             position=position,
             tensors=tensors,
             recent=(),
             pending=(),
-            logits=np.zeros(self._session.config.vocab_size, np.float32),  # of the token before: replaced by the feed
+            logits=np.zeros(config.vocab_size, np.float32),  # of the token before; nobody asks for them
             generator=None,
         )
+        return self._batch.admit(resume=saved)

@@ -19,6 +19,9 @@ REFERENCE = "PyTorch"
 Tick = Callable[[str, int], None]  # told before every call who computes how many tokens
 
 
+RunnerFactory = Callable[[Schedule, Start], StreamRunner]
+
+
 @dataclass(frozen=True)
 class Candidate:
     """Something that claims to compute what PyTorch computes."""
@@ -26,7 +29,8 @@ class Candidate:
     name: str
     what: str  # for the report
     contract: Contract
-    make_runner: Callable[[Schedule, Start], StreamRunner]
+    open: Callable[[], RunnerFactory]  # runners of one factory share a loaded model
+    max_batch: int | None = None
 
 
 def run_references(references: Sequence[ReferenceRunner], feeds: Iterable[Feed], tick: Tick) -> list[RunResults]:
@@ -39,13 +43,13 @@ def compare_candidate(
     config: MegalodonConfig,
     schedule: Schedule,
     candidate: Candidate,
-    start: Start,
+    runner: StreamRunner,
     feeds: Iterable[Feed],
     references: Sequence[RunResults],
     tick: Tick,
 ) -> list[Finding]:
     """Findings of every tensor of every call against each reference; a candidate that cannot go on is one, too."""
-    runner = candidate.make_runner(schedule, start)
+    assert runner.name == candidate.name, f"Bug: {runner.name} runs for {candidate.name}"
     compare = ContractCompare(config, schedule, {runner.name: candidate.contract})
     names = list(references[0].keys())
     try:

@@ -1,4 +1,4 @@
-"""`verify_bundle`: plan the calls, compute the reference, run each candidate over them, report."""
+"""Plan the calls, compute the reference, run each candidate over them, report."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import numpy as np
 from polygraphy.comparator import RunResults
 
 from megalodon_deploy.bundle import Bundle
-from megalodon_deploy.errors import UserError
-from megalodon_deploy.runtime.session import open_session
-from megalodon_deploy.verify.candidates import onnx_candidate, session_candidate
+from megalodon_deploy.verify.candidates import ACTIVATIONS, cpu_candidates
 from megalodon_deploy.verify.compare import Finding
 from megalodon_deploy.verify.comparison import REFERENCE, Candidate, Tick, compare_candidate, run_references
+from megalodon_deploy.verify.engines import engine_candidates
 from megalodon_deploy.verify.reference import CallByCallRunner, Start, WholeSequenceRunner, make_start
 from megalodon_deploy.verify.report import NotRun, VerifyReport
 from megalodon_deploy.verify.runners import Feed, make_feeds
@@ -27,7 +26,6 @@ Progress = Callable[[str, float], None]
 
 _PACKAGES = ("megalodon-deploy", "numpy", "onnx", "onnxruntime", "polygraphy", "torch")
 _REFERENCE_EFFORT = 4  # of a token, where a candidate's is 1: two runs, one of which recomputes
-_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -41,32 +39,25 @@ class _Prepared:
 
 
 def run_verification(bundle: Bundle, ckpt: str | Path | None, progress: Progress | None) -> VerifyReport:
-    """See `verify_bundle`."""
+    """See `megalodon_deploy.verify.verify_bundle`."""
     begin = time.perf_counter()
-    config = bundle.config
-    schedules = plan_schedules(config)
-    openers = {"onnxruntime": onnx_candidate, "onnxruntime session": _open_session}
-    tick = _meter(progress, schedules, len(openers))
+    schedules = plan_schedules(bundle.config)
+    on_cpu, not_here = cpu_candidates(bundle)
+    on_gpu, not_anywhere = engine_candidates(bundle)
+    candidates, not_run = on_cpu + on_gpu, not_here + not_anywhere
+    tick = _meter(progress, schedules, len(candidates))
     reference = load_reference(bundle, ckpt)
-    prepared = list(_prepare(reference, schedules, tick))
+    activation = ACTIVATIONS[bundle.manifest.precision]
+    prepared = list(_prepare(reference, schedules, activation, tick))
     findings: list[Finding] = []
-    candidates: dict[str, str] = {}
-    not_run: list[NotRun] = []
-    for name, open_candidate in openers.items():
-        try:
-            candidate = open_candidate(bundle)
-        except UserError as error:
-            not_run.append(NotRun(name, str(error)))
-            continue
-        candidates[name] = candidate.what
-        for part in prepared:
-            findings += compare_candidate(
-                config, part.schedule, candidate, part.start, part.feeds, part.references, tick
-            )
+    for candidate in candidates:
+        found, left_out = _run(candidate, prepared, bundle, tick)
+        findings += found
+        not_run += left_out
     return VerifyReport(
         bundle=_describe(bundle),
         reference={"weights": reference.weights, "checks_mapping": reference.checks_mapping, "note": reference.note},
-        candidates=candidates,
+        candidates={candidate.name: candidate.what for candidate in candidates},
         schedules=schedules,
         findings=tuple(findings),
         not_run=tuple(not_run),
@@ -75,10 +66,12 @@ def run_verification(bundle: Bundle, ckpt: str | Path | None, progress: Progress
     )
 
 
-def _prepare(reference: Reference, schedules: tuple[Schedule, ...], tick: Tick) -> Iterator[_Prepared]:
+def _prepare(
+    reference: Reference, schedules: tuple[Schedule, ...], activation: np.dtype, tick: Tick
+) -> Iterator[_Prepared]:
     model = reference.model
-    for seed, schedule in enumerate(schedules, _SEED):
-        start = make_start(model, schedule, np.dtype(np.float32), seed)
+    for seed, schedule in enumerate(schedules):
+        start = make_start(model, schedule, activation, seed)
         feeds = list(make_feeds(schedule, model.config.vocab_size, seed))
         runners = [
             WholeSequenceRunner(model, schedule, start, name="PyTorch, whole sequence"),
@@ -87,14 +80,26 @@ def _prepare(reference: Reference, schedules: tuple[Schedule, ...], tick: Tick) 
         yield _Prepared(schedule, feeds, start, run_references(runners, feeds, tick))
 
 
-def _open_session(bundle: Bundle) -> Candidate:
-    return session_candidate(open_session(bundle))
+def _run(
+    candidate: Candidate, prepared: Sequence[_Prepared], bundle: Bundle, tick: Tick
+) -> tuple[list[Finding], list[NotRun]]:
+    findings: list[Finding] = []
+    not_run = []
+    make_runner = candidate.open()
+    for part in prepared:
+        schedule = part.schedule
+        if candidate.max_batch is not None and schedule.batch > candidate.max_batch:
+            why = f"it takes {candidate.max_batch} rows at most, the schedule has {schedule.batch}"
+            not_run.append(NotRun(f"{candidate.name}, schedule {schedule.name}", why))
+            continue
+        runner = make_runner(schedule, part.start)
+        findings += compare_candidate(bundle.config, schedule, candidate, runner, part.feeds, part.references, tick)
+    return findings, not_run
 
 
 def _meter(progress: Progress | None, schedules: tuple[Schedule, ...], num_candidates: int) -> Tick:
     """Progress in tokens, a reference's counted as what they cost."""
-    per_token = _REFERENCE_EFFORT + num_candidates
-    total = per_token * sum(schedule.num_tokens for schedule in schedules)
+    total = (_REFERENCE_EFFORT + num_candidates) * sum(schedule.num_tokens for schedule in schedules)
     done = 0
 
     def tick(who: str, num_tokens: int) -> None:

@@ -91,7 +91,9 @@ def find(model: Megalodon) -> Find:
     def find(schedule: Schedule, *, before: Fault = unchanged, after: Fault = unchanged) -> list[Finding]:
         config, float32 = model.config, np.dtype(np.float32)
         contract = Contract(logits="last", activation=float32, tolerances=tolerances(config, "fp32"))
-        candidate = carried_candidate("graph", "", config, contract, lambda: ModelAsGraph(model, before, after))
+        candidate = carried_candidate(
+            "graph", "", config, contract, lambda load: ModelAsGraph(model, before, after), lambda: None
+        )
         start = make_start(model, schedule, float32, seed=1)
         feeds = list(make_feeds(schedule, config.vocab_size, seed=2))
         runners = [
@@ -99,6 +101,7 @@ def find(model: Megalodon) -> Find:
             CallByCallRunner(model, schedule, start, name="calls"),
         ]
         references = run_references(runners, feeds, lambda who, num_tokens: None)
-        return compare_candidate(config, schedule, candidate, start, feeds, references, lambda who, num_tokens: None)
+        runner = candidate.open()(schedule, start)
+        return compare_candidate(config, schedule, candidate, runner, feeds, references, lambda who, num_tokens: None)
 
     return find

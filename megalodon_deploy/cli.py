@@ -22,6 +22,7 @@ from megalodon_deploy.files import atomic_file
 Command = TypeVar("Command", bound=Callable[..., Any])
 EXISTING = click.Path(exists=True, path_type=Path)
 OUTPUT = click.Path(path_type=Path)
+BACKEND = click.Choice(["onnxruntime", "torch"])
 json_option = click.option("--json", "as_json", is_flag=True, help="Print machine-readable results on stdout.")
 bundle_argument = click.argument("bundle_path", metavar="BUNDLE", type=EXISTING)
 
@@ -191,7 +192,7 @@ def verify(bundle_path: Path, ckpt: Path | None, as_json: bool) -> None:
 @click.option("--repetition-penalty", type=float)
 @click.option("--seed", type=int, help="The same seed gives the same text.")
 @click.option("--stop", "stop_strings", multiple=True, help="Text to end before; repeatable.")
-@click.option("--backend", type=click.Choice(["onnxruntime", "torch"]), default="onnxruntime", show_default=True)
+@click.option("--backend", type=BACKEND, default="onnxruntime", show_default=True)
 @click.option("--threads", type=int)
 @click.option("--stats", is_flag=True, help="Print speed and memory on stderr at the end.")
 @click.option("--stats-json", type=OUTPUT, help="Write speed and memory here.")
@@ -243,6 +244,47 @@ def _stats_line(stats: dict[str, Any]) -> str:
         *([f"peak memory {format_bytes(memory)}"] if memory else []),
     ]
     return "; ".join([*speeds, *sizes])
+
+
+@cli.command()
+@bundle_argument
+@click.option("--backend", type=BACKEND, default="onnxruntime", show_default=True)
+@click.option("--compare", type=BACKEND, help="Measure this backend in turns with the first.")
+@click.option("--decode-tokens", type=int, default=200, show_default=True)
+@click.option("--prompt-tokens", type=int, default=256, show_default=True)
+@click.option("--rounds", type=int, default=5, show_default=True, help="Turns; each starts a fresh stream.")
+@click.option("--threads", type=int)
+@json_option
+def bench(bundle_path: Path, as_json: bool, **options: Any) -> None:
+    """Measure prefill and decode against this machine's memory bandwidth."""
+    from megalodon_deploy.bundle import open_bundle
+    from megalodon_deploy.runtime.bench import bench_bundle
+
+    with progress_bar("bench") as progress:
+        report = bench_bundle(open_bundle(bundle_path), progress=progress, **options)
+    if as_json:
+        _echo_json(report.to_dict())
+        return
+    header = ("backend", "ms/token", "p95", "p99", "of bandwidth limit", "prefill tokens/s", "first token ms", "load s")
+    print_table([_bench_row(times) for times in report.times], header=header)
+    limit, weights = report.bandwidth_bytes_per_second, report.weight_bytes_per_token
+    limit_ms = 1000 * weights / limit
+    click.echo(f"{format_bytes(weights)} of weights a token at {limit / 1e9:.1f} GB/s: {limit_ms:.2f} ms is the limit")
+    if report.ratio is not None:
+        click.echo(f"{report.times[0].backend} is {report.ratio:.2f} times as fast as {report.times[1].backend}")
+
+
+def _bench_row(times: Any) -> tuple[str, ...]:
+    return (
+        times.backend,
+        f"{times.decode_median_ms:.2f}",
+        f"{times.decode_p95_ms:.2f}",
+        f"{times.decode_p99_ms:.2f}",
+        f"{times.share_of_bandwidth:.0%}",
+        f"{times.prefill_tokens_per_second:,.0f}",
+        f"{1000 * times.first_token_seconds:,.0f}",
+        f"{times.load_seconds:.2f}",
+    )
 
 
 @cli.command()

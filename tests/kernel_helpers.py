@@ -27,7 +27,7 @@ Y_TOLERANCES = {"float32": 3e-6, "float16": 6e-4, "bfloat16": 5e-3}
 STATE_TOLERANCE = 3e-6
 NORM_STATE_TOLERANCE = 3e-7
 EPSILON = 1e-5
-MARGIN = 64  # elements
+MARGIN = 1024  # elements
 
 
 class Memory(Protocol):

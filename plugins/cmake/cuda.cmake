@@ -30,3 +30,9 @@ target_include_directories(megalodon_register PRIVATE ${CMAKE_CURRENT_SOURCE_DIR
 target_include_directories(megalodon_register SYSTEM PRIVATE ${MEGALODON_TENSORRT_INCLUDE}
     ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 set_target_properties(megalodon_register PROPERTIES BUILD_RPATH "$ORIGIN" INSTALL_RPATH "$ORIGIN")
+
+include(GNUInstallDirs)
+install(TARGETS megalodon EXPORT megalodonConfig LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
+install(TARGETS megalodon_register LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
+install(DIRECTORY include/megalodon DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
+install(EXPORT megalodonConfig NAMESPACE megalodon:: DESTINATION ${CMAKE_INSTALL_LIBDIR}/cmake/megalodon)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megalodon_deploy.engine import library
+from megalodon_deploy.engine.toolchain import find_program
 from megalodon_deploy.errors import EngineError, MissingDependencyError
 from megalodon_deploy.state import COMPLEX_EMA, TIMESTEP_NORM
 
@@ -105,6 +106,39 @@ def test_without_a_checkout_the_cache_holds_the_library(tmp_path: Path, monkeypa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert library.repository_root() is None
     assert library.default_build_dir() == tmp_path / "megalodon-deploy" / "plugins"
+
+
+C_CALLER = """
+#include <megalodon/megalodon.h>
+#include <stdio.h>
+int main(void) { printf("%d %s", mgd_abi_version() == MGD_ABI_VERSION, mgd_status_string(MGD_OK)); return 0; }
+"""
+C_PROJECT = """
+cmake_minimum_required(VERSION 3.24)
+project(caller LANGUAGES C)
+set(CMAKE_C_STANDARD 99)
+find_package(megalodon REQUIRED CONFIG)
+add_executable(caller caller.c)
+target_compile_options(caller PRIVATE -Wall -Wextra -Wpedantic -Werror)
+target_link_libraries(caller PRIVATE megalodon::megalodon)
+"""
+
+
+def test_installed_library_serves_a_c_program(tmp_path: Path, plugin_path: Path) -> None:
+    cmake = find_program("cmake")
+    prefix, source = tmp_path / "prefix", tmp_path / "source"
+    source.mkdir()
+    (source / "CMakeLists.txt").write_text(C_PROJECT)
+    (source / "caller.c").write_text(C_CALLER)
+    configure = [cmake, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={find_program('ninja')}", f"-DCMAKE_PREFIX_PATH={prefix}"]
+    for command in (
+        [cmake, "--install", plugin_path.parent, "--prefix", prefix],
+        [*configure, "-S", source, "-B", tmp_path / "build"],
+        [cmake, "--build", tmp_path / "build"],
+    ):
+        subprocess.run(command, check=True, capture_output=True)
+    done = subprocess.run([tmp_path / "build" / "caller"], check=True, capture_output=True, text=True)
+    assert done.stdout == "1 success"
 
 
 LIST_CREATORS = """

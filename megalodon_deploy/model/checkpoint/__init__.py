@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from megalodon_deploy.model.checkpoint.load import build_model, load_checkpoint, save_checkpoint
 from megalodon_deploy.model.checkpoint.recognise import read_checkpoint
-from megalodon_deploy.model.checkpoint.types import Checkpoint, LazyTensor, TokenizerSource
+from megalodon_deploy.model.checkpoint.types import Checkpoint, CheckpointWarning, LazyTensor, TokenizerSource
 
 __all__ = [
     "Checkpoint",
+    "CheckpointWarning",
     "LazyTensor",
     "TokenizerSource",
     "build_model",

@@ -28,9 +28,9 @@ _RENAMED = [  # released, stored
 class Recipe:
     """The stored tensors, by name with their shapes, that `build` turns into a released one."""
 
-    parts: Mapping[str, Shape]
+    parts: Mapping[str, Shape]  # none: a constant in float32
     build: Callable[..., torch.Tensor] | None = None  # None: the one part as it is
-    dtype: torch.dtype | None = None  # of the result; None: that of the first part
+    dtype: torch.dtype | None = None  # of the parts when they are built with; None: that of the first part
 
 
 def stored_name(released: str) -> str:
@@ -59,15 +59,15 @@ def _trailing_axis(tensor: torch.Tensor) -> torch.Tensor:
 
 def lazy_tensor(spec: ParameterSpec, recipe: Recipe, files: Mapping[str, TensorFile]) -> LazyTensor:
     """The tensor of `spec`, made when it is loaded; `files` says which file holds a stored tensor."""
-    first = next(iter(recipe.parts))
-    dtype = recipe.dtype or files[first].entries[first].dtype
+    stored = [files[name].entries[name].dtype for name in recipe.parts]
+    dtype = recipe.dtype or (stored[0] if stored else torch.float32)
     return LazyTensor(spec.shape, dtype, partial(_load, recipe, dtype, files))
 
 
 def _load(recipe: Recipe, dtype: torch.dtype, files: Mapping[str, TensorFile]) -> torch.Tensor:
     parts = [read_checked(files[name], name) for name in recipe.parts]
     if recipe.build is None:
-        return parts[0].to(dtype)
+        return parts[0]
     built = recipe.build(*(part.to(dtype) for part in parts)).contiguous()
     for name, part in zip(recipe.parts, parts, strict=True):
         files[name].copied(part.nbytes)

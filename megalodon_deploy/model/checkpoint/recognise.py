@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from megalodon_deploy.errors import CheckpointError
-from megalodon_deploy.model.checkpoint import jax, native, released
+from megalodon_deploy.model.checkpoint import huggingface, jax, native, released
 from megalodon_deploy.model.checkpoint.document import CONFIG_FILE, read_json_if_present
 from megalodon_deploy.model.checkpoint.tensor_file import TensorFile, is_safetensors, open_tensor_file
 from megalodon_deploy.model.checkpoint.types import Checkpoint
@@ -47,6 +47,8 @@ def _recognise(root: Path) -> Callable[[Path], Checkpoint] | None:
     document = read_json_if_present(directory / CONFIG_FILE) or {}
     if document.get("format") == native.FORMAT:
         return native.read_native
+    if document.get("model_type") == huggingface.MODEL_TYPE:
+        return huggingface.read_huggingface
     if "model" in document or any(directory.glob(released.WEIGHTS_GLOB)):
         return released.read_released
     return None

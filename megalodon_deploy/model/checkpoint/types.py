@@ -19,6 +19,10 @@ from megalodon_deploy.model.checkpoint.tensor_file import TensorFile
 Layout = Literal["native", "released", "megalodon-jax", "megalodon-hf"]
 
 
+class CheckpointWarning(UserWarning):
+    """The checkpoint is read, but its author's own code computes something else from it."""
+
+
 @dataclass(frozen=True)
 class LazyTensor:
     """One tensor under its released name and in its released form.

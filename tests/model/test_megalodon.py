@@ -186,6 +186,19 @@ def test_half_precision_keeps_norms_coefficients_and_state_in_float32(dtype: tor
     assert 0 < error <= 4 * torch.finfo(dtype).eps
 
 
+def test_autocast_leaves_the_operators_in_float32() -> None:
+    model, tokens = random_model(CONFIGS["plain"]).train(), random_tokens(CONFIGS["plain"], 2, 30)
+    expected, _ = model(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, state = model(tokens[:, :17])
+        logits, state = model(tokens[:, 17:], state)
+        logits.square().mean().backward()
+    assert 0 < (logits - expected[:, 17:]).norm() <= 4 * torch.finfo(torch.bfloat16).eps * expected.norm()
+    for name, tensor in state.tensors.items():
+        assert tensor.dtype == torch.float32 or name.startswith(("past_key", "past_value")), name
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("name", [*CONFIGS, *PRESETS])
 def test_parameters_are_those_of_the_released_layout(name: str) -> None:
     config = CONFIGS.get(name) or MegalodonConfig.preset(name)

@@ -12,7 +12,7 @@ from model.reference import complex_ema_reference, timestep_norm_reference
 from torch import Tensor
 
 from megalodon_deploy.model.operators import complex_ema, timestep_norm
-from megalodon_deploy.model.operators.complex_ema import MAX_BLOCK, power_table
+from megalodon_deploy.model.operators.complex_ema import MAX_BLOCK, Blocks, power_table
 
 POSITIONS = torch.tensor([0, 3, 1_000_000])
 LENGTHS = [1, 2, 17, MAX_BLOCK, MAX_BLOCK + 1, 2 * MAX_BLOCK + 37]
@@ -108,6 +108,13 @@ def test_a_drifting_signal_fed_one_token_at_a_time_is_not_lost() -> None:
     for present in (state, whole):
         assert_close((present[..., 0].double() + present[..., 1]).numpy(), expected_present[..., 0], 1e-11, "mean")
         assert_close((present[..., 2].double() + present[..., 3]).numpy(), expected_present[..., 2], 1e-11, "var")
+
+
+def test_blocks_cover_every_token_once() -> None:
+    for num_tokens in range(1, 50 * MAX_BLOCK):
+        blocks = Blocks.of(num_tokens)
+        assert (blocks.num - 1) * blocks.length + blocks.last == num_tokens
+        assert 1 <= blocks.last <= blocks.length <= MAX_BLOCK
 
 
 def test_powers_come_from_double_precision() -> None:

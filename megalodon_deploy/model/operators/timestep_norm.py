@@ -185,3 +185,7 @@ def _backward(ctx, grad_y, grad_present):  # type: ignore[no-untyped-def]
 
 
 timestep_norm.register_autograd(_backward, setup_context=_setup_context)
+
+for _device in ("cpu", "cuda"):  # under autocast the operator still computes in the dtype of its state
+    timestep_norm.register_autocast(_device, torch.float32)
+    timestep_norm_backward.register_autocast(_device, torch.float32)

@@ -42,7 +42,7 @@ class Stream:
         self.slot = slot
         self.position = 0  # tokens consumed
         self.stats = StreamStats(state_bytes=self._session.state_bytes)
-        self._recent: tuple[int, ...] = ()  # the last tokens, oldest first
+        self._recent: list[int] = []  # the last tokens, oldest first; HISTORY_TOKENS of them at least
         self._pending: tuple[int, ...] = ()  # a generated token that is not consumed yet; it is the last of `_recent`
         self._logits_V: np.ndarray | None = None  # of the last consumed token
         self._generator: Generator | None = None
@@ -97,7 +97,7 @@ class Stream:
             fingerprint=self._session.bundle.manifest.fingerprint,
             position=self.position,
             tensors=tensors,
-            recent=self._recent,
+            recent=tuple(self._recent[-HISTORY_TOKENS:]),
             pending=self._pending,
             logits=None if self._pending or self._logits_V is None else self._logits_V.copy(),
             generator=None if self._generator is None else replace(self._generator),
@@ -135,7 +135,7 @@ class Stream:
         return self._logits_V
 
     def restore(self, saved: SavedStream) -> None:
-        self.position, self._recent, self._pending = saved.position, saved.recent, saved.pending
+        self.position, self._recent, self._pending = saved.position, list(saved.recent), saved.pending
         self._logits_V = None if saved.logits is None else saved.logits.copy()
         self._generator = None if saved.generator is None else replace(saved.generator)
 
@@ -151,7 +151,7 @@ class Stream:
     ) -> Iterator[GeneratedToken]:
         if tokens:
             self.prefill(tokens)
-        detokenizer = self._session.tokenizer.detokenizer(self._recent)
+        detokenizer = self._session.tokenizer.detokenizer(self._recent[-HISTORY_TOKENS:])
         for count in itertools.count(1):
             start, is_step = time.perf_counter(), self.has_pending
             token = self._choose(sampling)
@@ -196,7 +196,9 @@ class Stream:
         return tokens
 
     def _note(self, tokens: Sequence[int]) -> None:
-        self._recent = (*self._recent, *tokens[-HISTORY_TOKENS:])[-HISTORY_TOKENS:]
+        self._recent += tokens
+        if len(self._recent) > 2 * HISTORY_TOKENS:  # not at every token
+            del self._recent[:-HISTORY_TOKENS]
 
 
 def check_tokens(tokens: Sequence[int], vocab_size: int) -> list[int]:

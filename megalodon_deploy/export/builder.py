@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,9 +22,9 @@ class GraphBuilder:
 
     def __init__(self, parent: GraphBuilder | None = None) -> None:
         self.nodes: list[ir.Node] = []
-        self.constants: list[ir.Value] = []
         self._root: GraphBuilder = parent._root if parent else self
-        self._scopes: list[str] = list(parent._scopes) if parent else []
+        self._outer_scopes: list[str] = list(parent._scopes) if parent else []
+        self._scopes: list[str] = list(self._outer_scopes)
         self._name_counts: dict[str, int] = {}
         self._constant_of: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
 
@@ -58,16 +58,22 @@ class GraphBuilder:
         return values
 
     def constant(self, value: np.ndarray | Sequence[int], name: str) -> ir.Value:
-        """A small constant, kept in the graph file; sequences of Python integers are int64."""
+        """A small constant of this graph, kept in the graph file; sequences of Python integers are int64.
+
+        A subgraph has its own: whatever it reads from outside is handed in anew at every run.
+        """
         array = np.asarray(value, None if isinstance(value, np.ndarray) else np.int64)
-        root = self._root
         key = (str(array.dtype), array.shape, array.tobytes())
-        if key not in root._constant_of:
-            constant = ir.Value(name=root.unique(f"constants.{name}", scoped=False), const_value=ir.tensor(array))
+        if key not in self._constant_of:
+            full = ".".join([*self._outer_scopes, "constants", name])
+            constant = ir.Value(name=self.unique(full, scoped=False), const_value=ir.tensor(array))
             constant.dtype, constant.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
-            root._constant_of[key] = constant
-            root.constants.append(constant)
-        return root._constant_of[key]
+            self._constant_of[key] = constant
+        return self._constant_of[key]
+
+    @property
+    def constants(self) -> list[ir.Value]:
+        return list(self._constant_of.values())
 
     def scalar(self, value: float, dtype: type[np.generic], name: str) -> ir.Value:
         return self.constant(np.array(value, dtype), name)
@@ -77,20 +83,18 @@ class GraphBuilder:
         with self.scope(name):
             return GraphBuilder(self)
 
-    def subgraph(self, name: str, emit: Callable[[GraphBuilder], Sequence[ir.Value]]) -> ir.Graph:
-        """A subgraph without inputs, the branch of an If."""
-        inner = self.inner(name)
-        outputs = emit(inner)
-        return ir.Graph([], list(outputs), nodes=inner.nodes, name=name)
+    def subgraph(self, name: str, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> ir.Graph:
+        """What was emitted into this inner builder, as the graph of an attribute."""
+        return ir.Graph(list(inputs), list(outputs), nodes=self.all_nodes(), name=name)
 
-    def constant_nodes(self) -> list[ir.Node]:
-        """The constants as `Constant` nodes, for a function, which has no initializers."""
+    def all_nodes(self) -> list[ir.Node]:
+        """The nodes behind the constants, which become `Constant` nodes: functions have no initializers."""
         nodes = []
         for value in self.constants:
             node = ir.node("Constant", [], {"value": value.const_value}, outputs=[ir.Value(name=value.name)])
             value.replace_all_uses_with(node.outputs[0])
             nodes.append(node)
-        return nodes
+        return nodes + self.nodes
 
     def unique(self, name: str, *, scoped: bool = True) -> str:
         """The name in this scope, with a number if it is taken."""

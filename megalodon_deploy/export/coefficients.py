@@ -62,7 +62,8 @@ def _base_phase(q_DN: np.ndarray) -> np.ndarray:
 
 
 def _sigmoid(values: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-values.astype(np.float64)))
+    result: np.ndarray = 1 / (1 + np.exp(-values.astype(np.float64)))
+    return result
 
 
 def _logit(values: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ class CallValues:
     position: ir.Value  # [B] int64
     rows: ir.Value  # [B, T] int64, position mod C of each token
     mask: ir.Value  # [B, 1, T, S + T] bool: which past and new rows a token sees
+    row_counts: ir.Value  # [2] int64: S, T
     rope_cos: ir.Value  # [C, dz / 2] float32
     rope_sin: ir.Value
 

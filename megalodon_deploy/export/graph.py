@@ -47,7 +47,10 @@ def build_model(
         opset_imports={"": OPSET, DOMAIN: DOMAIN_VERSION},
         name="megalodon",
     )
-    functions = [complex_ema_function(config.chunk_size), timestep_norm_function()]
+    functions = [
+        complex_ema_function(config.chunk_size),
+        timestep_norm_function(config.norm_num_groups, config.group_dim),
+    ]
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="megalodon-deploy", functions=functions)
 
 
@@ -130,17 +133,23 @@ def _call_values(context: Context, inputs: dict[str, ir.Value]) -> CallValues:
     num_tokens = builder.op("Shape", inputs[TOKENS], start=1, end=2, name="num_tokens")
     steps_T = builder.op("Range", zero, builder.op("Squeeze", num_tokens), one, name="steps")
     rows_BT = builder.op("Add", filled_B1, steps_T, name="rows")
-    mask = _mask(context, inputs, filled_B1, num_tokens, steps_T)
-    return CallValues(position_B, rows_BT, mask, *_rope_tables(context))
+    capacity = builder.op("Shape", inputs["past_key.0"], start=2, end=3, name="capacity")
+    mask = _mask(context, inputs, filled_B1, num_tokens, capacity, steps_T)
+    row_counts = builder.op("Concat", capacity, num_tokens, axis=0, name="row_counts")
+    return CallValues(position_B, rows_BT, mask, row_counts, *_rope_tables(context))
 
 
 def _mask(
-    context: Context, inputs: dict[str, ir.Value], filled_B1: ir.Value, num_tokens: ir.Value, steps_T: ir.Value
+    context: Context,
+    inputs: dict[str, ir.Value],
+    filled_B1: ir.Value,
+    num_tokens: ir.Value,
+    capacity: ir.Value,
+    steps_T: ir.Value,
 ) -> ir.Value:
     """[B, 1, T, S + T]: past rows below position mod C, and new rows up to the token's own."""
     builder = context.builder
     batch = builder.op("Shape", inputs[TOKENS], start=0, end=1, name="batch")
-    capacity = builder.op("Shape", inputs["past_key.0"], start=2, end=3, name="capacity")
     zero, one = builder.scalar(0, np.int64, "zero"), builder.scalar(1, np.int64, "one")
     past_S = builder.op("Range", zero, builder.op("Squeeze", capacity), one, name="past_rows")
     filled_B111 = builder.op("Unsqueeze", filled_B1, builder.constant([2, 3], "axes_2_3"))

@@ -79,7 +79,8 @@ def _emit_attention_part(
         context_BTE, key, value = _emit_attention(context, call, layer, z_BTZ, v_BTE, inputs)
     gated_BTE = builder.op("Mul", context_BTE, context.silu(r_BTE, "gate"), name="gated")
     h2_BTD = context.linear(gated_BTE, f"{prefix}.wh2", "wh2")
-    hop_BTD = builder.op("Add", builder.op("Add", x_BTD, h1_BTD, name="residual"), h2_BTD, name="hop")
+    # One Sum: ONNX Runtime would fuse an Add with the LayerNormalization behind it into an operator ten times slower.
+    hop_BTD = builder.op("Sum", x_BTD, h1_BTD, h2_BTD, name="hop")
     outputs = {
         f"new_key.{layer}": key,
         f"new_value.{layer}": value,
@@ -106,13 +107,8 @@ def _emit_attention(
     hidden = builder.scalar(-np.inf, np.float32, "minus_infinity")
     masked = builder.op("Where", call.mask, joined, hidden, name="masked_scores")
     weights = context.to_activation(builder.op("Softmax", masked, axis=-1, name="weights"), "weights_cast")
-    widths = [builder.op("Shape", rows, start=2, end=3) for rows in (past_key, key)]
     past_weights, new_weights = builder.multi(
-        "Split",
-        weights,
-        builder.op("Concat", *widths, axis=0, name="row_counts"),
-        names=["past_weights", "new_weights"],
-        axis=-1,
+        "Split", weights, call.row_counts, names=["past_weights", "new_weights"], axis=-1
     )
     past_sum = builder.op("MatMul", past_weights, past_value, name="past_context")
     total = builder.op("Add", past_sum, builder.op("MatMul", new_weights, value, name="new_context"))
@@ -125,29 +121,18 @@ def _emit_query_key(context: Context, call: CallValues, prefix: str, z_BTZ: ir.V
     """Rotated queries and keys [B, H, T, dz]: both come from the normalised z, with their own scale and bias."""
     builder, config = context.builder, context.config
     heads, width = config.num_heads, config.key_head_dim
-    z_BT1Hd = builder.op("Reshape", context.to_float(z_BTZ, "z"), builder.constant([0, 0, 1, heads, width], "z_heads"))
-    ones = context.ones(width)
-    normal = builder.op("RMSNormalization", z_BT1Hd, ones, axis=-1, epsilon=config.norm_eps, name="z_normal")
+    split = builder.constant([0, 0, 1, heads, width], "z_heads")
+    z_BT1Hd = builder.op("Reshape", context.to_float(z_BTZ, "z"), split, name="z_heads")
+    z_B1HTd = builder.op("Transpose", z_BT1Hd, perm=[0, 2, 3, 1, 4], name="z")
+    epsilon = config.norm_eps
+    normal = builder.op("RMSNormalization", z_B1HTd, context.ones(width), axis=-1, epsilon=epsilon, name="z_normal")
     scaled = builder.op("Mul", normal, context.weight(f"{prefix}.query_key.scale"), name="query_key_scaled")
-    both = builder.op("Add", scaled, context.weight(f"{prefix}.query_key.bias"), name="query_key")
-    flat = builder.op("Reshape", both, builder.constant([0, 0, 2 * config.z_dim], "query_key_width"))
-    rotated = builder.op(
-        "RotaryEmbedding",
-        flat,
-        call.rope_cos,
-        call.rope_sin,
-        call.rows,
-        interleaved=1,
-        num_heads=2 * heads,
-        name="rotated",
-    )
+    both_B2HTd = builder.op("Add", scaled, context.weight(f"{prefix}.query_key.bias"), name="query_key")
+    joined = builder.op("Reshape", both_B2HTd, builder.constant([0, 2 * heads, -1, width], "query_key_heads"))
+    tables = (call.rope_cos, call.rope_sin, call.rows)
+    rotated = builder.op("RotaryEmbedding", joined, *tables, interleaved=1, name="rotated")
     cast = context.to_activation(rotated, "rotated_cast")
-    parts = builder.multi("Split", cast, names=["query_rows", "key_rows"], axis=-1, num_outputs=2)
-    shape = builder.constant([0, 0, heads, width], "key_heads")
-    query, key = (
-        builder.op("Transpose", builder.op("Reshape", part, shape), perm=[0, 2, 1, 3], name=name)
-        for part, name in zip(parts, ("query", "key"), strict=True)
-    )
+    query, key = builder.multi("Split", cast, names=["query", "key"], axis=1, num_outputs=2)
     return query, key
 
 

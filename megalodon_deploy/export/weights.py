@@ -136,8 +136,8 @@ def _biases(name: str, sources: Sequence[str], widths: Sequence[int]) -> Fold:
 
 
 def _query_key_scale(config: MegalodonConfig, prefix: str) -> Fold:
-    """(gamma + 1) / sqrt(dz), float32 [2, H, dz]."""
-    shape = (2, config.num_heads, config.key_head_dim)
+    """(gamma + 1) / sqrt(dz), float32 [2, H, 1, dz]."""
+    shape = (2, config.num_heads, 1, config.key_head_dim)
     root = math.sqrt(config.key_head_dim)
 
     def fold(gamma: np.ndarray) -> Arrays:
@@ -150,7 +150,7 @@ def _query_key_scale(config: MegalodonConfig, prefix: str) -> Fold:
 
 
 def _query_key_bias(config: MegalodonConfig, prefix: str) -> Fold:
-    shape = (2, config.num_heads, config.key_head_dim)
+    shape = (2, config.num_heads, 1, config.key_head_dim)
 
     def fold(beta: np.ndarray) -> Arrays:
         return (beta.astype(np.float32).reshape(shape),)

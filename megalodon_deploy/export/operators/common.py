@@ -28,7 +28,7 @@ def make_function(
     graph = ir.Graph(
         inputs,
         list(outputs.values()),
-        nodes=[*builder.constant_nodes(), *builder.nodes],
+        nodes=builder.all_nodes(),
         opset_imports={"": OPSET},
         name=name,
     )

@@ -3,10 +3,13 @@
 With token moments (m, v), state (n, mean, var) at the call's start and c tokens of the call consumed:
 
     mean_c = mean + sum(m - mean) / (n + c)
-    var_c  = var  + sum(v + delta^2 (n + c - 1)/(n + c) - var) / (n + c),   delta = m - (mean one token earlier)
+    var_c  = var  + sum(v + e^2 (n + c)/(n + c - 1) - var) / (n + c),   e = m - mean_c
 
-Sums of differences from the state lose nothing to a large mean, and CumSum takes them over all tokens at once. A row
-at position 0 has mean = var = 0 selected, and n = 0 takes their weight away.
+e^2 (n + c)/(n + c - 1) is delta^2 (n + c - 1)/(n + c) of the usual form, delta = m - mean_{c-1}. Sums of differences
+from the state lose nothing to a large mean, and CumSum takes them over all tokens at once. A row at position 0 has
+mean = var = 0 selected, and n = 0 takes their weight away.
+
+Statistics are float64 [B, T, G, 1, 1]. Decoding runs this body in every layer for every token, so it is short.
 """
 
 from __future__ import annotations
@@ -16,103 +19,91 @@ import onnx_ir as ir
 
 from megalodon_deploy.export.builder import GraphBuilder
 from megalodon_deploy.export.operators.common import function_inputs, make_function, select_past
+from megalodon_deploy.state import NORM_PARTS
 
 NAME = "TimestepNorm"
 FLOAT, DOUBLE = ir.DataType.FLOAT, ir.DataType.DOUBLE
 DEFAULT_EPSILON = 1e-5
 
+Pair = tuple[ir.Value, ir.Value]
 
-def timestep_norm_function() -> ir.Function:
-    """The function; its attribute `epsilon` defaults to 1e-5."""
+
+def timestep_norm_function(num_groups: int, group_dim: int) -> ir.Function:
+    """The function for models with G groups of s scalars; its attribute `epsilon` defaults to 1e-5."""
     builder = GraphBuilder()
     inputs = function_inputs("x", "past_norm", "position", "weight", "bias")
     x_BTD, past_BG4, position_B, weight_D, bias_D = inputs
-    x_BTGs = _grouped(builder, x_BTD, past_BG4)
-    moments = _token_moments(builder, x_BTGs)
+    grouped = builder.constant([0, 0, num_groups, 1, group_dim], "grouped_shape")
+    x_BTG1s = builder.op("Reshape", builder.op("Cast", x_BTD, to=FLOAT), grouped, name="grouped")
+    moments = _token_moments(builder, x_BTG1s)
     past = _past_statistics(builder, select_past(builder, past_BG4, position_B, rank=3))
-    mean_BTG1, var_BTG1 = _cumulate(builder, moments, past, *_counts(builder, x_BTD, position_B))
-    normal_BTGs = _normalise(builder, x_BTGs, mean_BTG1, var_BTG1)
-    normal_BTD = builder.op("Reshape", normal_BTGs, builder.op("Shape", x_BTD), name="normal")
+    mean, var = _cumulate(builder, moments, past, *_counts(builder, x_BTD, position_B))
+    normal_BTG1s = _normalise(builder, x_BTG1s, mean, var)
+    flat = builder.constant([0, 0, num_groups * group_dim], "flat_shape")
+    normal_BTD = builder.op("Reshape", normal_BTG1s, flat, name="normal")
     scaled = builder.op("Add", builder.op("Mul", normal_BTD, weight_D), bias_D)
-    y_BTD = builder.op("CastLike", scaled, x_BTD)
-    present_BG4 = _present(builder, mean_BTG1, var_BTG1)
-    outputs = {"y": y_BTD, "present_norm": present_BG4}
+    outputs = {"y": builder.op("CastLike", scaled, x_BTD), "present_norm": _present(builder, mean, var, num_groups)}
     return make_function(builder, NAME, inputs, outputs, [ir.AttrFloat32("epsilon", DEFAULT_EPSILON)])
 
 
-def _grouped(builder: GraphBuilder, x_BTD: ir.Value, past_BG4: ir.Value) -> ir.Value:
-    """x as float32 [B, T, G, s]."""
-    groups = builder.op("Shape", past_BG4, start=1, end=2, name="groups")
-    shape = builder.op("Concat", builder.constant([0, 0], "keep"), groups, builder.constant([-1], "rest"), axis=0)
-    return builder.op("Reshape", builder.op("Cast", x_BTD, to=FLOAT), shape, name="grouped")
-
-
-def _token_moments(builder: GraphBuilder, x_BTGs: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Mean and variance over the scalars of each token and group, float64 [B, T, G, 1]."""
+def _token_moments(builder: GraphBuilder, x_BTG1s: ir.Value) -> Pair:
+    """Mean and variance over the scalars of each token and group."""
     last = builder.constant([-1], "last_axis")
-    mean = builder.op("ReduceMean", x_BTGs, last, keepdims=1, name="token_mean")
-    difference = builder.op("Sub", x_BTGs, mean)
-    var = builder.op("ReduceMean", builder.op("Mul", difference, difference), last, keepdims=1, name="token_var")
+    mean = builder.op("ReduceMean", x_BTG1s, last, keepdims=1, name="token_mean")
+    centred = builder.op("Sub", x_BTG1s, mean, name="token_centred")
+    var = builder.op("ReduceMean", builder.op("Mul", centred, centred), last, keepdims=1, name="token_var")
     return builder.op("Cast", mean, to=DOUBLE), builder.op("Cast", var, to=DOUBLE)
 
 
-def _past_statistics(builder: GraphBuilder, past_BG4: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Mean and variance of the state, float64 [B, 1, G, 1] each."""
-    past = builder.op("Unsqueeze", builder.op("Cast", past_BG4, to=DOUBLE), builder.constant([1], "time_axis"))
-    mean_hi, mean_lo, var_hi, var_lo = builder.multi(
-        "Split", past, names=["mean_hi", "mean_lo", "var_hi", "var_lo"], axis=-1, num_outputs=4
-    )
-    return builder.op("Add", mean_hi, mean_lo, name="past_mean"), builder.op("Add", var_hi, var_lo, name="past_var")
+def _past_statistics(builder: GraphBuilder, past_BG4: ir.Value) -> Pair:
+    """Mean and variance of the state, [B, 1, G, 1, 1] each."""
+    axes = builder.constant([1, 3], "statistics_axes")
+    past_B1G14 = builder.op("Unsqueeze", builder.op("Cast", past_BG4, to=DOUBLE), axes)
+    names = ["mean_hi", "mean_lo", "var_hi", "var_lo"]
+    parts = builder.multi("Split", past_B1G14, names=names, axis=-1, num_outputs=NORM_PARTS)
+    return builder.op("Add", *parts[:2], name="past_mean"), builder.op("Add", *parts[2:], name="past_var")
 
 
-def _counts(builder: GraphBuilder, x_BTD: ir.Value, position_B: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Tokens seen before and after each token of the call, float64 [B, T, 1, 1]."""
-    num_tokens = builder.op("Squeeze", builder.op("Shape", x_BTD, start=1, end=2), name="num_tokens")
+def _counts(builder: GraphBuilder, x_BTD: ir.Value, position_B: ir.Value) -> Pair:
+    """Tokens seen before and after each token of the call, float64 [B, T, 1, 1, 1]."""
     zero, one = builder.scalar(0, np.int64, "zero"), builder.scalar(1, np.int64, "one")
-    steps_T = builder.op("Range", zero, num_tokens, one, name="steps")
-    position_B1 = builder.op("Unsqueeze", position_B, builder.constant([1], "time_axis"))
-    before_BT = builder.op("Add", position_B1, steps_T)
-    before_BT11 = builder.op("Unsqueeze", before_BT, builder.constant([2, 3], "group_axes"))
-    before = builder.op("Cast", before_BT11, to=DOUBLE, name="seen_before")
+    num_tokens = builder.op("Squeeze", builder.op("Shape", x_BTD, start=1, end=2), name="num_tokens")
+    steps_T111 = builder.op(
+        "Unsqueeze", builder.op("Range", zero, num_tokens, one), builder.constant([1, 2, 3], "step_axes"), name="steps"
+    )
+    position_B1111 = builder.op("Unsqueeze", position_B, builder.constant([1, 2, 3, 4], "position_axes"))
+    before = builder.op("Cast", builder.op("Add", position_B1111, steps_T111), to=DOUBLE, name="seen_before")
     return before, builder.op("Add", before, builder.scalar(1.0, np.float64, "one_double"), name="seen_after")
 
 
-def _cumulate(
-    builder: GraphBuilder,
-    moments: tuple[ir.Value, ir.Value],
-    past: tuple[ir.Value, ir.Value],
-    before: ir.Value,
-    after: ir.Value,
-) -> tuple[ir.Value, ir.Value]:
-    """Mean and variance after each token, float64 [B, T, G, 1]."""
+def _cumulate(builder: GraphBuilder, moments: Pair, past: Pair, before: ir.Value, after: ir.Value) -> Pair:
+    """Mean and variance after each token."""
     (token_mean, token_var), (past_mean, past_var) = moments, past
     time, one = builder.scalar(1, np.int64, "one"), builder.scalar(1.0, np.float64, "one_double")
     shift = builder.op("Sub", token_mean, past_mean, name="shift")
-    total = builder.op("CumSum", shift, time, name="shift_sum")
-    mean = builder.op("Add", past_mean, builder.op("Div", total, after), name="mean")
-    earlier = builder.op("Div", builder.op("Sub", total, shift), builder.op("Max", before, one), name="earlier")
-    delta = builder.op("Sub", shift, earlier, name="delta")
-    between = builder.op("Mul", builder.op("Mul", delta, delta), builder.op("Div", before, after), name="between")
+    moved = builder.op("Div", builder.op("CumSum", shift, time), after, name="mean_shift")
+    error = builder.op("Sub", shift, moved, name="error")
+    ratio = builder.op("Div", after, builder.op("Max", before, one), name="count_ratio")
+    between = builder.op("Mul", builder.op("Mul", error, error), ratio, name="between")
     spread = builder.op("Sub", builder.op("Add", token_var, between), past_var, name="spread")
-    spread_sum = builder.op("CumSum", spread, time, name="spread_sum")
-    return mean, builder.op("Add", past_var, builder.op("Div", spread_sum, after), name="var")
+    widened = builder.op("Div", builder.op("CumSum", spread, time), after, name="var_shift")
+    return builder.op("Add", past_mean, moved, name="mean"), builder.op("Add", past_var, widened, name="var")
 
 
-def _normalise(builder: GraphBuilder, x_BTGs: ir.Value, mean: ir.Value, var: ir.Value) -> ir.Value:
-    """(x - mean) / sqrt(var + epsilon), float32 [B, T, G, s]."""
+def _normalise(builder: GraphBuilder, x_BTG1s: ir.Value, mean: ir.Value, var: ir.Value) -> ir.Value:
+    """(x - mean) / sqrt(var + epsilon), float32."""
     reference = ir.RefAttr("value_float", "epsilon", ir.AttributeType.FLOAT)
     epsilon = builder.op("Cast", builder.op("Constant", name="epsilon", value_float=reference), to=DOUBLE)
-    deviation = builder.op("Sqrt", builder.op("Add", var, epsilon), name="deviation")
-    scale = builder.op("Cast", builder.op("Reciprocal", deviation), to=FLOAT, name="scale")
-    return builder.op("Mul", builder.op("Sub", x_BTGs, builder.op("Cast", mean, to=FLOAT)), scale, name="normal_groups")
+    deviation = builder.op("Sqrt", builder.op("Add", var, epsilon))
+    centred = builder.op("Sub", x_BTG1s, builder.op("Cast", mean, to=FLOAT), name="centred")
+    return builder.op("Div", centred, builder.op("Cast", deviation, to=FLOAT), name="normal_groups")
 
 
-def _present(builder: GraphBuilder, mean: ir.Value, var: ir.Value) -> ir.Value:
+def _present(builder: GraphBuilder, mean: ir.Value, var: ir.Value, num_groups: int) -> ir.Value:
     """The statistics after the last token as (mean hi, mean lo, var hi, var lo), float32 [B, G, 4]."""
-    both_BTG2 = builder.op("Concat", mean, var, axis=-1, name="statistics")
-    last_BG2 = builder.op("Gather", both_BTG2, builder.scalar(-1, np.int64, "last"), axis=1, name="last_statistics")
-    exact = builder.op("Unsqueeze", last_BG2, builder.constant([-1], "last_axis"))
-    hi = builder.op("Cast", exact, to=FLOAT, name="hi")
-    lo = builder.op("Cast", builder.op("Sub", exact, builder.op("Cast", hi, to=DOUBLE)), to=FLOAT, name="lo")
-    pairs = builder.op("Concat", hi, lo, axis=-1, name="pairs")
-    return builder.op("Reshape", pairs, builder.constant([0, 0, 4], "state_shape"), name="present")
+    both_BTG21 = builder.op("Concat", mean, var, axis=3, name="statistics")
+    exact_BG21 = builder.op("Gather", both_BTG21, builder.scalar(-1, np.int64, "last"), axis=1, name="last_statistics")
+    hi = builder.op("Cast", exact_BG21, to=FLOAT, name="hi")
+    lo = builder.op("Cast", builder.op("Sub", exact_BG21, builder.op("Cast", hi, to=DOUBLE)), to=FLOAT, name="lo")
+    pairs_BG22 = builder.op("Concat", hi, lo, axis=-1, name="pairs")
+    return builder.op("Reshape", pairs_BG22, builder.constant([0, num_groups, NORM_PARTS], "state_shape"))

@@ -13,11 +13,12 @@ import onnx_ir as ir
 
 from megalodon_deploy.export.builder import GraphBuilder
 from megalodon_deploy.export.operators.common import function_inputs, make_function, select_past
-from megalodon_deploy.export.operators.complex_ema.blocks import block_length, emit_blocks
+from megalodon_deploy.export.operators.complex_ema.blocks import emit_blocks
 from megalodon_deploy.export.operators.complex_ema.coefficients import Coefficients
 from megalodon_deploy.export.operators.complex_ema.step import emit_step
 
 NAME = "ComplexEMA"
+MAX_BLOCK = 16
 
 
 def complex_ema_function(chunk_size: int) -> ir.Function:
@@ -25,15 +26,22 @@ def complex_ema_function(chunk_size: int) -> ir.Function:
     builder = GraphBuilder()
     inputs = function_inputs("x", "past_cema", "position", "p", "q_powers", "gamma", "omega")
     x_BTD, past_BDN2, position_B, p_DN, q_powers, gamma_DN2, omega_D = inputs
+    # L, the block length: a power of two within the chunk, so that q^L is an entry of q_powers.
+    levels = min(MAX_BLOCK.bit_length(), chunk_size.bit_length()) - 1
+    coefficients = Coefficients(builder, p_DN, q_powers, gamma_DN2, levels)
     u_BTD = builder.op("Cast", x_BTD, to=ir.DataType.FLOAT, name="u")
+    direct_BTD = builder.op("Mul", u_BTD, omega_D, name="direct")
     past = select_past(builder, past_BDN2, position_B, rank=4)
+    past_rows = builder.op("Reshape", past, builder.constant([0, 1, 1, -1], "state_row"), name="past_rows")
+    zeros_B = builder.op("Mul", position_B, builder.scalar(0, np.int64, "zero"), name="zeros")
+    level_0 = builder.op("Unsqueeze", zeros_B, builder.constant([1], "one"), name="level_0")
     num_tokens = builder.op("Shape", x_BTD, start=1, end=2, name="num_tokens")
-    is_step = builder.op("Squeeze", builder.op("Equal", num_tokens, builder.constant([1], "one_token")), name="is_step")
-    coefficients = Coefficients(p_DN, q_powers, gamma_DN2)
-    length = block_length(chunk_size)
-    step = builder.subgraph("step", lambda inner: emit_step(inner, u_BTD, past, coefficients))
-    blocks = builder.subgraph("blocks", lambda inner: emit_blocks(inner, u_BTD, past, coefficients, length))
-    average, present = builder.multi("If", is_step, names=["average", "present"], then_branch=step, else_branch=blocks)
-    y_BTD = builder.op("Add", builder.op("Mul", u_BTD, omega_D), average)
+    is_step = builder.op("Squeeze", builder.op("Equal", num_tokens, builder.constant([1], "one")), name="is_step")
+    arguments = (u_BTD, direct_BTD, past_rows, level_0, coefficients)
+    inner = builder.inner("step")
+    step = inner.subgraph("step", [], emit_step(inner, *arguments))
+    inner = builder.inner("blocks")
+    blocks = inner.subgraph("blocks", [], emit_blocks(inner, *arguments, levels=levels))
+    y_BTD, present = builder.multi("If", is_step, names=["y_float", "present"], then_branch=step, else_branch=blocks)
     outputs = {"y": builder.op("CastLike", y_BTD, x_BTD), "present_cema": present}
     return make_function(builder, NAME, inputs, outputs)

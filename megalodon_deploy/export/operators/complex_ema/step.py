@@ -6,26 +6,34 @@ import numpy as np
 import onnx_ir as ir
 
 from megalodon_deploy.export.builder import GraphBuilder
-from megalodon_deploy.export.operators.complex_ema.arithmetic import multiply, split_pairs
 from megalodon_deploy.export.operators.complex_ema.coefficients import Coefficients
 
 
 def emit_step(
-    builder: GraphBuilder, u_BTD: ir.Value, past_BDN2: ir.Value, coefficients: Coefficients
+    builder: GraphBuilder,
+    u_BTD: ir.Value,
+    direct_BTD: ir.Value,
+    past_rows: ir.Value,
+    level_0: ir.Value,
+    coefficients: Coefficients,
 ) -> list[ir.Value]:
-    """Average [B, T, D] without the omega term, and the new state [B, D, N, 2]; right for T = 1.
+    """y [B, T, D] and the new state [B, D, N, 2], right for T = 1.
 
-    TensorRT wants both branches of an If to be shape-valid for every T: the last token is taken, the result expanded.
+    TensorRT wants both branches of an If to be shape-valid for every T: the last token is taken, and the sum with
+    `direct_BTD` (omega u) has all T.
+
+    Args:
+        past_rows: [B, 1, 1, 2DN]
+        level_0: [B, 1] zeros
     """
-    u_BD = builder.op("Gather", u_BTD, builder.scalar(-1, np.int64, "last"), axis=1, name="token")
-    u_BD11 = builder.op("Unsqueeze", u_BD, builder.constant([2, 3], "state_axes"))
-    rotated_re, rotated_im = multiply(
-        builder, split_pairs(builder, past_BDN2, "past"), coefficients.power(builder, 0), "rotated"
-    )
-    driven_re = builder.op("Add", rotated_re, builder.op("Mul", u_BD11, coefficients.drive(builder)), name="driven")
-    gamma_re, gamma_im = coefficients.readout(builder)
-    read = builder.op("Sub", builder.op("Mul", driven_re, gamma_re), builder.op("Mul", rotated_im, gamma_im))
-    summed_BD = builder.op("ReduceSum", read, builder.constant([2, 3], "state_axes"), keepdims=0, name="summed")
-    average_B1D = builder.op("Unsqueeze", summed_BD, builder.constant([1], "time_axis"))
-    average_BTD = builder.op("Expand", average_B1D, builder.op("Shape", u_BTD), name="average")
-    return [average_BTD, builder.op("Concat", driven_re, rotated_im, axis=-1, name="present")]
+    state_axes = builder.constant([2, 3], "state_axes")
+    rotated = coefficients.rotate(builder, past_rows, level_0, "rotated")
+    rotated_BDN2 = builder.op("Reshape", rotated, coefficients.state_shape, name="rotated_state")
+    token_BD = builder.op("Gather", u_BTD, builder.scalar(-1, np.int64, "last"), axis=1, name="token")
+    token_BD11 = builder.op("Unsqueeze", token_BD, state_axes, name="token_state")
+    driven_BDN2 = builder.op("Mul", token_BD11, coefficients.drive_DN2, name="driven")
+    present_BDN2 = builder.op("Add", rotated_BDN2, driven_BDN2, name="present")
+    read_BDN2 = builder.op("Mul", present_BDN2, coefficients.readout_DN2, name="read")
+    average_BD = builder.op("ReduceSum", read_BDN2, state_axes, keepdims=0, name="average")
+    average_B1D = builder.op("Unsqueeze", average_BD, builder.constant([1], "time_axis"), name="average_token")
+    return [builder.op("Add", direct_BTD, average_B1D, name="sum"), present_BDN2]

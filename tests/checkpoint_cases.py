@@ -9,7 +9,7 @@ import torch
 
 from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.model.checkpoint.native import write_native
-from megalodon_deploy.model.checkpoint.released import write_released
+from megalodon_deploy.model.checkpoint.released_writer import write_released
 from megalodon_deploy.parameters import parameter_specs
 
 State = dict[str, torch.Tensor]

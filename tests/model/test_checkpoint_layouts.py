@@ -15,7 +15,7 @@ from helpers import small_config
 
 from megalodon_deploy.model.checkpoint import Checkpoint, TokenizerSource, read_checkpoint
 from megalodon_deploy.model.checkpoint.native import write_native
-from megalodon_deploy.model.checkpoint.released import write_released
+from megalodon_deploy.model.checkpoint.released_writer import write_released
 from megalodon_deploy.parameters import parameter_specs
 
 if TYPE_CHECKING:

@@ -124,6 +124,16 @@ def test_refused_saves_leave_nothing(tmp_path: Path, arguments: dict[str, Any], 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("layout", ["native", "released"])
+def test_files_have_ordinary_permissions(tmp_path: Path, layout: Any) -> None:
+    (tmp_path / "ordinary").touch()
+    save_checkpoint(seeded_model(), tmp_path / "c", layout)
+    expected = (tmp_path / "ordinary").stat().st_mode
+    assert {
+        path.name: path.stat().st_mode for path in (tmp_path / "c").iterdir() if path.stat().st_mode != expected
+    } == {}
+
+
 def test_existing_path_is_kept(tmp_path: Path) -> None:
     save_checkpoint(seeded_model(), tmp_path / "c")
     with pytest.raises(CheckpointError, match="exists already"):

@@ -12,7 +12,7 @@ from megalodon_deploy.errors import CheckpointError
 from megalodon_deploy.files import atomic_directory
 from megalodon_deploy.model.checkpoint.native import write_native
 from megalodon_deploy.model.checkpoint.recognise import read_checkpoint
-from megalodon_deploy.model.checkpoint.released import write_released
+from megalodon_deploy.model.checkpoint.released_writer import write_released
 from megalodon_deploy.model.checkpoint.types import Checkpoint, TokenizerSource
 from megalodon_deploy.model.megalodon import Megalodon
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -77,3 +78,4 @@ def write_native(
     write_json(directory / CONFIG_FILE, document)
     tensors = {spec.name: state[spec.name].detach().cpu().contiguous() for spec in parameter_specs(config)}
     save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": FORMAT})
+    shutil.copymode(directory / CONFIG_FILE, directory / WEIGHTS_FILE)  # safetensors lets nobody else read it

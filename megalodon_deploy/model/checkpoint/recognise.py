@@ -9,6 +9,7 @@ from pathlib import Path
 from megalodon_deploy.errors import CheckpointError
 from megalodon_deploy.model.checkpoint import huggingface, jax, native, released
 from megalodon_deploy.model.checkpoint.document import CONFIG_FILE, read_json_if_present
+from megalodon_deploy.model.checkpoint.shards import WEIGHTS_GLOB
 from megalodon_deploy.model.checkpoint.tensor_file import TensorFile, is_safetensors, open_tensor_file
 from megalodon_deploy.model.checkpoint.types import Checkpoint
 
@@ -49,7 +50,7 @@ def _recognise(root: Path) -> Callable[[Path], Checkpoint] | None:
         return native.read_native
     if document.get("model_type") == huggingface.MODEL_TYPE:
         return huggingface.read_huggingface
-    if "model" in document or any(directory.glob(released.WEIGHTS_GLOB)):
+    if "model" in document or any(directory.glob(WEIGHTS_GLOB)):
         return released.read_released
     return None
 

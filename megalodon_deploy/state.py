@@ -49,12 +49,13 @@ class StateSpec:
 
 
 def _rows(kind: Kind, layer: int, heads: int, width: int) -> StateSpec:
-    past, new = ("B", heads, "S", width), ("B", heads, "T", width)
+    past: tuple[Dim, ...] = ("B", heads, "S", width)
+    new: tuple[Dim, ...] = ("B", heads, "T", width)
     return StateSpec(kind, f"past_{kind}.{layer}", f"new_{kind}.{layer}", past, new, True)
 
 
 def _recurrent(kind: Kind, suffix: int | str, *dims: int) -> StateSpec:
-    shape = ("B", *dims)
+    shape: tuple[Dim, ...] = ("B", *dims)
     return StateSpec(kind, f"past_{kind}.{suffix}", f"present_{kind}.{suffix}", shape, shape, False)
 
 

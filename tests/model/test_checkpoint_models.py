@@ -178,12 +178,7 @@ print(peak_bytes() - before)
 save_checkpoint(model, sys.argv[2], "native")
 print(peak_bytes() - before)
 """
-LARGE_CASES = [
-    ("native", 1, "float32"),
-    ("released", 1, "float32"),
-    ("released", 2, "float32"),
-    ("native", 1, "bfloat16"),
-]
+LARGE_CASES = [("native", 1, "float32"), ("released", 2, "float32"), ("native", 1, "bfloat16")]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")

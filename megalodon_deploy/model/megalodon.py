@@ -71,6 +71,7 @@ class Megalodon(nn.Module):
 
         Rows may be at different positions and T may cross any number of chunk edges. Rows of `state` at position 0
         start afresh whatever their tensors hold. Gradients flow through the state; `state.detach()` cuts them.
+        Raises `ValueError` when tokens and state do not fit together.
         """
         if tokens_BT.ndim != 2 or tokens_BT.shape[1] == 0:
             raise ValueError(f"tokens have shape {list(tokens_BT.shape)}; expected [B, T] with T >= 1")
@@ -81,6 +82,9 @@ class Megalodon(nn.Module):
             positions = state.position.tolist()
         if len(positions) != batch:
             raise ValueError(f"tokens have {batch} rows, the state has {len(positions)}")
+        held, needed = state.tensors["past_key.0"].shape[2], max(p % self.config.chunk_size for p in positions)
+        if held < needed:
+            raise ValueError(f"the state holds {held} key/value rows, its positions need {needed}")
         attend = plan_attention(positions, num_tokens, self.config.chunk_size, tokens_BT.device)
         logits_BTV, present = self._run(tokens_BT, state.position, state.tensors, attend)
         return logits_BTV, state.advance(present, positions, num_tokens, self.config.chunk_size)

@@ -23,12 +23,12 @@ _MIN_CAPACITY = 16
 class _Reserve:
     """Key/value buffers with room to grow, of which a state's tensors are views.
 
-    Appending writes into the unused rows only, so older states that share the buffers keep their rows. Two states
-    must not append to the same buffer, so a state gives its reserve away when it is advanced; `positions` shows
-    whether someone moved the rows since.
+    Appending writes into the unused rows only, so older states that share the buffers keep their rows. Only the
+    state that stands where the buffers end may append: one that was advanced already, or whose rows were reset,
+    no longer matches `positions` and copies.
     """
 
-    positions: Sequence[int]
+    positions: Sequence[int]  # of the rows, where the buffers end
     buffers: dict[str, Tensor]  # [B, H, capacity, width] by name, zero beyond what was written
 
 
@@ -65,7 +65,7 @@ class ModelState:
     ) -> ModelState:
         """The state after a call: `added` holds present tensors and the call's own T key/value rows, by past name."""
         offsets = [position % chunk_size for position in positions]
-        reserve, self._reserve = self._reserve, None
+        reserve = self._reserve
         rows = {name: tensor for name, tensor in added.items() if _is_rows(name)}
         tensors = {name: tensor for name, tensor in added.items() if not _is_rows(name)}
         if torch.is_grad_enabled():

@@ -260,3 +260,7 @@ def test_refused_inputs_are_named() -> None:
         model(torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="tokens have 2 rows, the state has 3"):
         model(torch.zeros(2, 1, dtype=torch.int64), model.initial_state(3))
+    _, state = model(torch.zeros(2, 5, dtype=torch.int64))
+    state.position += 1
+    with pytest.raises(ValueError, match="holds 5 key/value rows, its positions need 6"):
+        model(torch.zeros(2, 1, dtype=torch.int64), state)

@@ -68,7 +68,8 @@ def _sigmoid(values: np.ndarray) -> np.ndarray:
 
 def _logit(values: np.ndarray) -> np.ndarray:
     clipped = np.clip(values, _SMALLEST, 1 - 2**-53)
-    return np.log(clipped) - np.log1p(-clipped)
+    result: np.ndarray = np.log(clipped) - np.log1p(-clipped)
+    return result
 
 
 def _to_pairs(values: np.ndarray) -> np.ndarray:

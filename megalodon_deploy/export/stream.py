@@ -38,7 +38,10 @@ class WeightStream:
     def _folded(self, fold: Fold) -> tuple[np.ndarray, ...]:
         if self._recent is not None and self._recent[0] is fold:
             return self._recent[1]
-        values = fold.fold(*(self._checkpoint.tensor(name, torch.float32).numpy() for name in fold.sources))
+        sources = [self._checkpoint.tensor(name, torch.float32) for name in fold.sources]
+        values = fold.fold(*(tensor.numpy() for tensor in sources))
+        for file in self._checkpoint.files:
+            file.copied(sum(tensor.nbytes for tensor in sources) // len(self._checkpoint.files))
         self._recent = (fold, values) if len(fold.targets) > 1 else None
         return values
 

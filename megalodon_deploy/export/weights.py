@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.export.coefficients import fold_cema, unfold_cema
@@ -113,7 +114,10 @@ def _matrices(name: str, sources: Sequence[str], widths: Sequence[int], in_dim: 
     edges = np.cumsum(widths)[:-1]
 
     def join(*weights: np.ndarray) -> Arrays:
-        return (np.concatenate([weight.T for weight in weights], axis=1),)
+        matrix = torch.empty(in_dim, sum(widths))  # PyTorch transposes several times faster than NumPy
+        for part, weight in zip(matrix.split(list(widths), dim=1), weights, strict=True):
+            part.copy_(torch.from_numpy(weight).t())
+        return (matrix.numpy(),)
 
     def part(matrix: np.ndarray) -> Arrays:
         return tuple(np.ascontiguousarray(weight.T) for weight in np.split(matrix, edges, axis=1))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +36,7 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point: turn a user's mistake into one line and exit code 2."""
+    warnings.showwarning = _show_warning
     try:
         cli(standalone_mode=False)
     except CheckFailedError as failure:
@@ -53,6 +55,12 @@ def main() -> None:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _stop(f"{where}{error.strerror or error}", 2)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    """Our own warnings are for the user, in one line; those of libraries are for developers."""
+    if category.__module__.startswith("megalodon_deploy"):
+        click.echo(f"megalodon-deploy: warning: {message}", err=True)
 
 
 def _stop(message: str, exit_code: int) -> None:

@@ -188,9 +188,10 @@ def build_plugins(
     report = progress or (lambda stage, fraction: None)
     cuda = find_cuda()
     report(f"nvcc: {cuda.nvcc}", 0.0)
+    library_flag = f'"-L{cuda.root}/lib"' if cuda.from_wheels else ""  # nvcc looks in lib64, the wheels have lib
     arguments = [
         f"-DCMAKE_CUDA_COMPILER={cuda.nvcc}",
-        f"-DCMAKE_CUDA_FLAGS={f'-L{cuda.root}/lib' if cuda.from_wheels else ''}",  # nvcc itself looks in lib64
+        f"-DCMAKE_CUDA_FLAGS={library_flag}",
         f"-DCMAKE_CUDA_ARCHITECTURES={architectures or ''}",
         f"-DMEGALODON_TENSORRT_INCLUDE={_headers(download)}",
         f"-DCMAKE_COMPILE_WARNING_AS_ERROR={'ON' if warnings_as_errors else 'OFF'}",
@@ -279,7 +280,7 @@ def _compile(build_dir: Path, ninja: Path, report: Progress) -> None:
 def _failure(what: str, log: Path) -> EngineError:
     """One line: the first error in the log, and where the rest is."""
     lines = log.read_text(errors="replace").splitlines()
-    first = next((line.strip() for line in lines if re.search(r"\berror\b", line, re.IGNORECASE)), "no error line")
+    first = next((line.strip() for line in lines if re.search(r"\berror\b|cannot find", line, re.IGNORECASE)), "no error line")
     return EngineError(f"plugins: {what} failed: {first}; see {log}")
 
 

@@ -15,10 +15,11 @@ if(NOT EXISTS ${MEGALODON_TENSORRT_INCLUDE}/NvInferRuntime.h)
 endif()
 
 megalodon_shared_library(megalodon c_api/c_api.cpp ${KERNEL_SOURCES} ${PLUGIN_SOURCES})
-target_compile_options(megalodon PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra>)
+target_compile_options(megalodon PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra;--threads=2>")
 if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.9)
     target_compile_options(megalodon PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--compress-mode=size>)
 endif()
+target_link_directories(megalodon PRIVATE ${CMAKE_CUDA_COMPILER_TOOLKIT_ROOT}/lib) # where the PyPI wheels have it
 target_include_directories(megalodon SYSTEM PRIVATE ${MEGALODON_TENSORRT_INCLUDE}
     ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 

@@ -11,7 +11,7 @@
 
 namespace megalodon::emulation {
 
-Index thread_index, block_index, block_size, grid_size;
+Index thread_index, block_index, block_size;
 
 namespace {
 
@@ -189,7 +189,6 @@ cudaError_t run_grid(int64_t num_blocks, int block_threads, const std::function<
     machine.num_threads = block_threads;
     machine.thread = &thread;
     if (machine.fibers.size() < static_cast<size_t>(block_threads)) machine.fibers.resize(block_threads);
-    grid_size.x = static_cast<unsigned>(num_blocks);
     block_size.x = static_cast<unsigned>(block_threads);
     for (const int64_t block : ordered(num_blocks)) {
         block_index.x = static_cast<unsigned>(block);

@@ -29,7 +29,7 @@ struct Index {
     unsigned x = 0;
 };
 
-extern Index thread_index, block_index, block_size, grid_size;
+extern Index thread_index, block_index, block_size;
 
 /// Waits for every thread of the block.
 void synchronise_threads();
@@ -66,7 +66,6 @@ cudaError_t run_grid(int64_t num_blocks, int block_threads, const std::function<
 #define threadIdx (::megalodon::emulation::thread_index)
 #define blockIdx (::megalodon::emulation::block_index)
 #define blockDim (::megalodon::emulation::block_size)
-#define gridDim (::megalodon::emulation::grid_size)
 
 // Blocks run one after another, so one static array serves them all.
 #define MGD_SHARED(Type, name, count)                                  \

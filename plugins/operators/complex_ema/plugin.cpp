@@ -54,8 +54,8 @@ class ComplexEmaCreator final : public OperatorCreator {
 }  // namespace
 
 OperatorCreator& complex_ema_creator() {
-    static ComplexEmaCreator creator;
-    return creator;
+    static auto* creator = new ComplexEmaCreator();  // never destroyed: TensorRT's registry may look at it later
+    return *creator;
 }
 
 }  // namespace megalodon

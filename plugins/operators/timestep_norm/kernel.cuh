@@ -104,11 +104,12 @@ __global__ void prefix_kernel(TimestepNormCall call) {
 /// Grid: one block for each token of each row.
 template <typename Activation>
 __global__ void normalise_kernel(TimestepNormCall call) {
-    const int64_t row = blockIdx.x / call.T, t = blockIdx.x % call.T, size = call.D / call.G;
+    const int64_t row = blockIdx.x / call.T, t = blockIdx.x % call.T;
+    const int num_channels = static_cast<int>(call.D), size = num_channels / static_cast<int>(call.G);
     const Activation* x_D = static_cast<const Activation*>(call.x) + blockIdx.x * call.D;
     Activation* y_D = static_cast<Activation*>(call.y) + blockIdx.x * call.D;
     const Normaliser* workspace = static_cast<const Normaliser*>(call.workspace);
-    for (int64_t d = threadIdx.x; d < call.D; d += blockDim.x) {
+    for (int d = static_cast<int>(threadIdx.x); d < num_channels; d += static_cast<int>(blockDim.x)) {
         const Normaliser& norm = workspace[workspace_index(call, row, d / size, t)];
         y_D[d] = from_float<Activation>(norm.apply(to_float(x_D[d]), call.weight[d], call.bias[d]));
     }

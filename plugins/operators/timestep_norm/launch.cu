@@ -21,7 +21,7 @@ int launch_few_tokens(const TimestepNormCall& call, cudaStream_t stream) {
 template <typename Activation>
 int launch_many_tokens(const TimestepNormCall& call, cudaStream_t stream) {
     const int64_t num_tokens = call.B * call.T, num_groups = call.B * call.G;
-    if (num_tokens > kMaxBlocks || num_groups > kMaxBlocks) return MGD_UNSUPPORTED;
+    if (num_tokens > kMaxBlocks || num_groups > kMaxBlocks || call.D > INT32_MAX) return MGD_UNSUPPORTED;
     const auto moments = timestep_norm::token_moments_kernel<Activation>;
     const auto prefix = timestep_norm::prefix_kernel<kPrefixThreads>;
     const auto normalise = timestep_norm::normalise_kernel<Activation>;

@@ -72,8 +72,8 @@ class TimestepNormCreator final : public OperatorCreator {
 }  // namespace
 
 OperatorCreator& timestep_norm_creator() {
-    static TimestepNormCreator creator;
-    return creator;
+    static auto* creator = new TimestepNormCreator();  // never destroyed: TensorRT's registry may look at it later
+    return *creator;
 }
 
 }  // namespace megalodon

@@ -57,7 +57,9 @@ def main() -> None:
         _stop(f"{where}{error.strerror or error}", 2)
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any
+) -> None:
     """Our own warnings are for the user, in one line; those of libraries are for developers."""
     if category.__module__.startswith("megalodon_deploy"):
         click.echo(f"megalodon-deploy: warning: {message}", err=True)

@@ -28,6 +28,12 @@ class GraphBuilder:
         self._name_counts: dict[str, int] = {}
         self._constant_of: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
 
+    @staticmethod
+    def typed(value: ir.Value, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+        """State what shape inference cannot find out."""
+        value.dtype, value.shape = dtype, ir.Shape(shape)
+        return value
+
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
         self._scopes.append(name)

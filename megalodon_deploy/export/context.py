@@ -13,6 +13,7 @@ from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.export.builder import GraphBuilder
 
 FLOAT = ir.DataType.FLOAT
+ALL_ROWS = "S + T"  # name of the axis over past and new rows
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from megalodon_deploy.bundle import LogitsMode, Precision
 from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.export.builder import IR_VERSION, OPSET, GraphBuilder
-from megalodon_deploy.export.context import CallValues, Context
+from megalodon_deploy.export.context import ALL_ROWS, CallValues, Context
 from megalodon_deploy.export.layers import emit_block, emit_timestep_norm
 from megalodon_deploy.export.operators import DOMAIN, DOMAIN_VERSION
 from megalodon_deploy.export.operators.complex_ema import complex_ema_function
@@ -115,6 +115,7 @@ def _logits(context: Context, x_BTD: ir.Value, *, all_logits: bool) -> ir.Value:
     if not all_logits:
         bounds = [builder.constant([n], name) for n, name in ((-1, "last"), (1 << 62, "end"), (1, "one"))]
         x_BTD = builder.op("Slice", x_BTD, *bounds, name="last_token")
+        builder.typed(x_BTD, context.activation, ("B", 1, config.model_dim))
     if config.share_emb:
         matrix = builder.op("Transpose", context.weight("embed.weight"), perm=[1, 0], name="embed_transposed")
     else:
@@ -131,7 +132,9 @@ def _call_values(context: Context, inputs: dict[str, ir.Value]) -> CallValues:
     filled_B = builder.op("Mod", position_B, chunk, name="filled_rows")
     filled_B1 = builder.op("Unsqueeze", filled_B, builder.constant([1], "axis_1"))
     num_tokens = builder.op("Shape", inputs[TOKENS], start=1, end=2, name="num_tokens")
-    steps_T = builder.op("Range", zero, builder.op("Squeeze", num_tokens), one, name="steps")
+    steps_T = builder.typed(
+        builder.op("Range", zero, builder.op("Squeeze", num_tokens), one, name="steps"), INT64, ["T"]
+    )
     rows_BT = builder.op("Add", filled_B1, steps_T, name="rows")
     capacity = builder.op("Shape", inputs["past_key.0"], start=2, end=3, name="capacity")
     mask = _mask(context, inputs, filled_B1, num_tokens, capacity, steps_T)
@@ -151,7 +154,9 @@ def _mask(
     builder = context.builder
     batch = builder.op("Shape", inputs[TOKENS], start=0, end=1, name="batch")
     zero, one = builder.scalar(0, np.int64, "zero"), builder.scalar(1, np.int64, "one")
-    past_S = builder.op("Range", zero, builder.op("Squeeze", capacity), one, name="past_rows")
+    past_S = builder.typed(
+        builder.op("Range", zero, builder.op("Squeeze", capacity), one, name="past_rows"), INT64, ["S"]
+    )
     filled_B111 = builder.op("Unsqueeze", filled_B1, builder.constant([2, 3], "axes_2_3"))
     past_B11S = builder.op("Less", past_S, filled_B111, name="past_is_filled")
     queries_T1 = builder.op("Unsqueeze", steps_T, builder.constant([1], "axis_1"))
@@ -161,7 +166,8 @@ def _mask(
     for part, width, name in ((past_B11S, capacity, "past_mask"), (causal_TT, num_tokens, "new_mask")):
         shape = builder.op("Concat", batch, one_row, num_tokens, width, axis=0)
         parts.append(builder.op("Expand", part, shape, name=name))
-    return builder.op("Concat", *parts, axis=-1, name="mask")
+    mask = builder.op("Concat", *parts, axis=-1, name="mask")
+    return builder.typed(mask, ir.DataType.BOOL, ("B", 1, "T", ALL_ROWS))
 
 
 def _rope_tables(context: Context) -> tuple[ir.Value, ir.Value]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from megalodon_deploy.export.context import CallValues, Context
+from megalodon_deploy.export.context import ALL_ROWS, CallValues, Context
 from megalodon_deploy.export.operators import DOMAIN
 from megalodon_deploy.export.weights import merged_projection_sizes
 
@@ -41,8 +41,7 @@ def emit_timestep_norm(
         domain=DOMAIN,
         epsilon=context.config.norm_eps,
     )
-    y_BTD.dtype, y_BTD.shape = context.activation, ir.Shape(("B", "T", context.config.model_dim))
-    return y_BTD, present
+    return context.builder.typed(y_BTD, context.activation, ("B", "T", context.config.model_dim)), present
 
 
 def _emit_cema(
@@ -52,8 +51,7 @@ def _emit_cema(
     y_BTD, present = context.builder.multi(
         "ComplexEMA", x_BTD, past, call.position, *coefficients, names=["cema", "cema_present"], domain=DOMAIN
     )
-    y_BTD.dtype, y_BTD.shape = context.activation, ir.Shape(("B", "T", context.config.model_dim))
-    return y_BTD, present
+    return context.builder.typed(y_BTD, context.activation, ("B", "T", context.config.model_dim)), present
 
 
 def _emit_attention_part(
@@ -103,18 +101,22 @@ def _emit_attention(
         builder.op("MatMul", query, builder.op("Transpose", rows, perm=[0, 1, 3, 2]), name=name)
         for rows, name in ((past_key, "past_scores"), (key, "new_scores"))
     ]
-    joined = context.to_float(builder.op("Concat", *scores, axis=-1, name="scores"), "scores")
+    joined = builder.op("Concat", *scores, axis=-1, name="scores")
+    builder.typed(joined, context.activation, ("B", config.num_heads, "T", ALL_ROWS))
     hidden = builder.scalar(-np.inf, np.float32, "minus_infinity")
-    masked = builder.op("Where", call.mask, joined, hidden, name="masked_scores")
+    masked = builder.op("Where", call.mask, context.to_float(joined, "scores"), hidden, name="masked_scores")
     weights = context.to_activation(builder.op("Softmax", masked, axis=-1, name="weights"), "weights_cast")
     past_weights, new_weights = builder.multi(
         "Split", weights, call.row_counts, names=["past_weights", "new_weights"], axis=-1
     )
+    for part, rows in ((past_weights, "S"), (new_weights, "T")):
+        builder.typed(part, context.activation, ("B", config.num_heads, "T", rows))
     past_sum = builder.op("MatMul", past_weights, past_value, name="past_context")
     total = builder.op("Add", past_sum, builder.op("MatMul", new_weights, value, name="new_context"))
     joined_heads = builder.op("Transpose", total, perm=[0, 2, 1, 3])
     flat = builder.constant([0, 0, config.value_dim], "value_width")
-    return builder.op("Reshape", joined_heads, flat, name="context"), key, value
+    context_BTE = builder.op("Reshape", joined_heads, flat, name="context")
+    return builder.typed(context_BTE, context.activation, ("B", "T", config.value_dim)), key, value
 
 
 def _emit_query_key(context: Context, call: CallValues, prefix: str, z_BTZ: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -130,6 +132,7 @@ def _emit_query_key(context: Context, call: CallValues, prefix: str, z_BTZ: ir.V
     both_B2HTd = builder.op("Add", scaled, context.weight(f"{prefix}.query_key.bias"), name="query_key")
     joined = builder.op("Reshape", both_B2HTd, builder.constant([0, 2 * heads, -1, width], "query_key_heads"))
     tables = (call.rope_cos, call.rope_sin, call.rows)
+    builder.typed(joined, ir.DataType.FLOAT, ("B", 2 * heads, "T", width))
     rotated = builder.op("RotaryEmbedding", joined, *tables, interleaved=1, name="rotated")
     cast = context.to_activation(rotated, "rotated_cast")
     query, key = builder.multi("Split", cast, names=["query", "key"], axis=1, num_outputs=2)
@@ -155,4 +158,4 @@ def _emit_ffn(context: Context, prefix: str, hop_BTD: ir.Value, x_BTD: ir.Value)
     second = context.linear(hidden, f"{prefix}.fc2", "fc2")
     if config.rescale_nffn:
         second = builder.op("Mul", second, context.weight(f"{prefix}.alpha"), name="fc2_rescaled")
-    return builder.op("Add", x_BTD, second, name="out")
+    return builder.typed(builder.op("Add", x_BTD, second, name="out"), context.activation, ("B", "T", config.model_dim))

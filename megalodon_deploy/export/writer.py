@@ -27,6 +27,7 @@ from megalodon_deploy.bundle import (
 )
 from megalodon_deploy.errors import BundleError
 from megalodon_deploy.export.graph import build_model
+from megalodon_deploy.export.operators.schema import register_schemas
 from megalodon_deploy.export.stream import WeightStream
 from megalodon_deploy.files import atomic_directory
 from megalodon_deploy.model.checkpoint import Checkpoint, TokenizerSource, read_checkpoint
@@ -92,6 +93,7 @@ def _write_model(checkpoint: Checkpoint, directory: Path, options: ExportOptions
 
 def _add_shapes(path: Path) -> None:
     """Infer the shapes of all values, store them for readers such as Netron, and check the model fully."""
+    register_schemas()
     model = onnx.load(path, load_external_data=False)
     inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
     path.write_bytes(inferred.SerializeToString(deterministic=True))

@@ -7,10 +7,6 @@
 #include "operators/complex_ema/launch.h"
 #include "operators/timestep_norm/launch.h"
 
-namespace megalodon {
-const char* cuda_error_string(int cuda_error);  // common/cuda_error.cu: the only other place that asks the CUDA runtime
-}
-
 namespace {
 
 bool is_dtype(int dtype) {

@@ -1,3 +1,4 @@
+#include "common/launch.h"
 #include "common/platform.cuh"
 
 namespace megalodon {

@@ -78,12 +78,13 @@ def test_streams_of_a_batch_are_each_as_if_alone(
     batch = open_with(make_bundle(config), backend).batch(4)
     rng = np.random.default_rng(2)
     fed: dict[Stream, list[int]] = {}
-    for round_ in range(14):
-        if len(fed) == 4:
-            gone = list(fed)[rng.integers(4)]
+    for round_ in range(16):
+        if fed and rng.integers(5) < 2:
+            gone = list(fed)[rng.integers(len(fed))]
             batch.retire(gone)
             del fed[gone]
-        fed[batch.admit()] = []
+        if len(fed) < 4 and rng.integers(5) < 4:
+            fed[batch.admit()] = []
         chosen = [stream for stream in fed if rng.integers(3) or not fed[stream]]
         most = 2 if round_ % 2 else config.chunk_size
         given = {stream: some_tokens(int(rng.integers(1, most)), len(fed[stream])) for stream in chosen}
@@ -123,6 +124,10 @@ def test_a_broken_stream_leaves_nothing_behind(make_bundle: MakeBundle, backend:
     logits = batch.step({broken: 1, other: 2})
     assert np.isnan(logits[broken]).all()
     batch.retire(broken)
+    if backend == "onnxruntime":
+        memory = batch._memory
+        buffers = [*memory._past.values(), *memory._present.values(), *memory._rows.views.values()]  # type: ignore[attr-defined]
+        assert all(np.isfinite(buffer).all() for buffer in buffers)
     fresh = batch.admit()
     assert fresh.slot == 0
     tokens = {fresh: some_tokens(20, 2), other: some_tokens(20, 3)}
@@ -157,6 +162,18 @@ def test_a_saved_stream_resumes_on_every_backend(
         resumed.prefill(tokens[position:-1])
         assert_close(resumed.step(tokens[-1]), whole_logits(config, tokens)[-1], TOLERANCE)
         assert resumed.position == len(tokens)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_snapshot_is_a_copy(make_bundle: MakeBundle, backend: str) -> None:
+    stream = open_with(make_bundle(SHORT_CHUNKS), backend).stream()
+    stream.prefill(some_tokens(17))
+    snapshot = stream.snapshot()
+    before = {name: array.copy() for name, array in snapshot.tensors.items()}
+    for token in some_tokens(4):
+        stream.step(token)
+    for name, array in before.items():
+        np.testing.assert_array_equal(snapshot.tensors[name], array, err_msg=name)
 
 
 def test_backends_hold_the_same_state(make_bundle: MakeBundle) -> None:

@@ -73,19 +73,28 @@ def test_what_was_read_can_be_written_elsewhere() -> None:
 
 
 @pytest.mark.parametrize("num_slots", [1, 2])
-def test_a_broken_stream_never_reaches_the_rows_of_another(num_slots: int) -> None:
-    """Row 0 is NaN; growing and shrinking moves rows over bytes where they lay."""
+def test_rows_of_a_broken_stream_never_show_again(num_slots: int) -> None:
+    """Slot 0 leaves NaN in the open chunk's memory; capacity then shrinks, and grows over those bytes."""
     rng = np.random.default_rng(2)
     memory = KeyValueMemory(CONFIG, num_slots, np.dtype(np.float32), bucket_rows=4)
     memory.append(slice(0, 1), np.array([0]), new_rows(rng, 1, 17, scale=np.nan))
-    if num_slots == 2:
-        for position in range(0, 21, 3):
-            memory.append(slice(1, 2), np.array([position]), new_rows(rng, 1, 3))
-            assert all(np.isfinite(view[1]).all() for view in memory.views.values())
+    assert np.isnan(memory.views["past_key.0"]).any()
+    memory.append(slice(0, 1), np.array([17]), new_rows(rng, 1, 5))
+    assert memory.capacity == 0
     memory.retire(0, clear=True)
+    last = num_slots - 1
     for position in range(21):
-        memory.append(slice(0, 1), np.array([position]), new_rows(rng, 1, 1))
+        memory.append(slice(last, last + 1), np.array([position]), new_rows(rng, 1, 1))
         assert all(np.isfinite(view).all() for view in memory.views.values())
+
+
+@pytest.mark.parametrize("clear", [False, True])
+def test_a_slot_is_cleared_only_when_told(clear: bool) -> None:
+    memory = KeyValueMemory(CONFIG, 2, np.dtype(np.float32), bucket_rows=4)
+    memory.append(slice(0, 2), np.array([0, 0]), new_rows(np.random.default_rng(4), 2, 6))
+    memory.retire(0, clear=clear)
+    assert (memory.views["past_key.0"][0] == 0).all() == clear
+    assert (memory.views["past_key.0"][1, :, :6] != 0).all()
 
 
 def test_a_single_head_of_a_single_slot_is_never_moved() -> None:

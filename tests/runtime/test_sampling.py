@@ -133,11 +133,24 @@ def test_greedy_takes_the_first_of_equal_logits_and_draws_nothing() -> None:
     assert generator.draws == 0
 
 
+class Constant(Generator):
+    """A generator that always draws the same number."""
+
+    def __init__(self, number: float) -> None:
+        super().__init__(seed=0)
+        self._number = number
+
+    def uniform(self) -> float:
+        return self._number
+
+
 def test_minus_infinity_is_never_drawn() -> None:
     scores = np.array([-np.inf, 0.0, -np.inf, 1.0])
     generator = Generator(seed=5)
     drawn = {choose_token(scores, SamplingParams(temperature=5.0), [], generator) for _ in range(200)}
     assert drawn == {1, 3}
+    assert choose_token(scores, SamplingParams(), [], Constant(0.0)) == 1
+    assert choose_token(scores, SamplingParams(), [], Constant(1 - 2.0**-53)) == 3
 
 
 @pytest.mark.parametrize("params", [SamplingParams.greedy(), SamplingParams()])

@@ -154,6 +154,15 @@ def test_a_stream_saved_after_prefill_goes_on(session: Session, tmp_path: Path) 
     assert tokens_of(generated(session.stream(resume=str(tmp_path / "stream")))) == whole
 
 
+def test_a_snapshot_keeps_its_generator_while_the_stream_goes_on(session: Session) -> None:
+    stream = session.stream()
+    generated(stream, some_tokens(9))
+    snapshot = stream.snapshot()
+    tail = tokens_of(generated(stream))
+    assert tokens_of(generated(session.stream(resume=snapshot))) == tail
+    assert tokens_of(generated(session.stream(resume=snapshot))) == tail
+
+
 def test_a_fresh_stream_can_be_saved_and_resumed(session: Session, tmp_path: Path) -> None:
     session.stream().save(tmp_path / "stream")
     stream = session.stream(resume=tmp_path / "stream")

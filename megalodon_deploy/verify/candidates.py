@@ -13,16 +13,19 @@ checks the graph itself more sharply than half precision could.
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from polygraphy.backend.base import BaseRunner
-from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx, session_from_onnx
 
 from megalodon_deploy.bundle import Bundle, Precision
 from megalodon_deploy.config import MegalodonConfig
+from megalodon_deploy.export.precision import write_widened
 from megalodon_deploy.runtime.saved_stream import SavedStream
 from megalodon_deploy.runtime.session import Session, open_session
 from megalodon_deploy.runtime.stream import Stream
@@ -49,18 +52,25 @@ def cpu_candidates(bundle: Bundle) -> tuple[list[Candidate], list[NotRun]]:
     if precision == "bf16":
         not_run.append(NotRun("onnxruntime on the graph as it is", "it has no bf16 matrix product on the CPU"))
     else:
-        candidates.append(_graph_candidate(bundle))
+        load = SessionFromOnnx(str(bundle.model_path), providers=["cpu"])
+        candidates.append(_onnx_candidate(bundle, "onnxruntime", "the graph as it is, on the CPU", precision, load))
+    if precision != "fp32":
+        what = f"the graph widened from {precision} to float32, on the CPU"
+        load_widened = functools.partial(_load_widened, bundle)
+        candidates.append(_onnx_candidate(bundle, "onnxruntime, widened", what, "fp32", load_widened))
     candidates.append(_session_candidate(bundle, "torch" if precision == "bf16" else "onnxruntime"))
     return candidates, not_run
 
 
-def _graph_candidate(bundle: Bundle) -> Candidate:
-    precision = bundle.manifest.precision
-    contract = graph_contract(bundle, precision)
-    load = SessionFromOnnx(str(bundle.model_path), providers=["cpu"])
-    return carried_candidate(
-        "onnxruntime", f"the graph on the CPU, {precision}", bundle.config, contract, OnnxrtRunner, load
-    )
+def _onnx_candidate(bundle: Bundle, name: str, what: str, precision: Precision, load: Callable[[], Any]) -> Candidate:
+    return carried_candidate(name, what, bundle.config, graph_contract(bundle, precision), OnnxrtRunner, load)
+
+
+def _load_widened(bundle: Bundle) -> Any:
+    """The copy is gone once ONNX Runtime has read it."""
+    with tempfile.TemporaryDirectory(prefix="megalodon-verify.") as folder:
+        path = write_widened(bundle, Path(folder))
+        return session_from_onnx(str(path), providers=["cpu"])
 
 
 def graph_contract(bundle: Bundle, precision: Precision) -> Contract:

@@ -9,14 +9,14 @@ from polygraphy.comparator import Comparator, RunResults
 from polygraphy.logger import G_LOGGER
 
 from megalodon_deploy.config import MegalodonConfig
-from megalodon_deploy.state import TOKENS
 from megalodon_deploy.verify.compare import Contract, ContractCompare, Finding
 from megalodon_deploy.verify.reference import ReferenceRunner, Start
 from megalodon_deploy.verify.runners import CandidateFailedError, Feed, StreamRunner
 from megalodon_deploy.verify.schedule import Schedule
 
-REFERENCE = "PyTorch"
-Tick = Callable[[str, int], None]  # told before every call who computes how many tokens
+Tick = Callable[[str, int], None]  # told before every call who computes, and the effort in tokens
+
+_CALL_EFFORT = 10  # of a row's call, whatever its tokens: weights and memory are read
 
 
 RunnerFactory = Callable[[Schedule, Start], StreamRunner]
@@ -33,10 +33,24 @@ class Candidate:
     max_batch: int | None = None
 
 
-def run_references(references: Sequence[ReferenceRunner], feeds: Iterable[Feed], tick: Tick) -> list[RunResults]:
+def reference_efforts(schedule: Schedule) -> list[int]:
+    """Of each call: one reference computes its tokens, the other every row anew from its start."""
+    calls = zip(candidate_efforts(schedule), schedule.fed_tokens(), strict=True)
+    return [2 * effort + sum(fed) for effort, fed in calls]
+
+
+def candidate_efforts(schedule: Schedule) -> list[int]:
+    """Of each call, in tokens."""
+    return [schedule.batch * (call.num_tokens + _CALL_EFFORT) for call in schedule.calls]
+
+
+def run_references(
+    schedule: Schedule, references: Sequence[ReferenceRunner], feeds: Iterable[Feed], tick: Tick
+) -> list[RunResults]:
     """Results of all references, an item per call."""
+    told = _told(feeds, reference_efforts(schedule), "PyTorch", tick)
     with G_LOGGER.verbosity():
-        return list(Comparator.run([*references], _told(feeds, REFERENCE, tick), streaming=True))
+        return list(Comparator.run([*references], told, streaming=True))
 
 
 def compare_candidate(
@@ -52,10 +66,11 @@ def compare_candidate(
     assert runner.name == candidate.name, f"Bug: {runner.name} runs for {candidate.name}"
     compare = ContractCompare(config, schedule, {runner.name: candidate.contract})
     names = list(references[0].keys())
+    told = _told(feeds, candidate_efforts(schedule), candidate.name, tick)
     try:
         with G_LOGGER.verbosity():
             Comparator.compare_accuracy(
-                [iter(references), Comparator.run([runner], _told(feeds, candidate.name, tick), streaming=True)],
+                [iter(references), Comparator.run([runner], told, streaming=True)],
                 comparisons=[(index, len(names)) for index in range(len(names))],
                 compare_func=compare,
             )
@@ -75,7 +90,7 @@ def compare_candidate(
     return compare.findings
 
 
-def _told(feeds: Iterable[Feed], who: str, tick: Tick) -> Iterator[Feed]:
-    for feed in feeds:
-        tick(who, feed[TOKENS].size)
+def _told(feeds: Iterable[Feed], efforts: Iterable[int], who: str, tick: Tick) -> Iterator[Feed]:
+    for feed, effort in zip(feeds, efforts, strict=True):
+        tick(who, effort)
         yield feed

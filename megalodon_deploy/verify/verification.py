@@ -14,7 +14,14 @@ from polygraphy.comparator import RunResults
 from megalodon_deploy.bundle import Bundle
 from megalodon_deploy.verify.candidates import ACTIVATIONS, cpu_candidates
 from megalodon_deploy.verify.compare import Finding
-from megalodon_deploy.verify.comparison import REFERENCE, Candidate, Tick, compare_candidate, run_references
+from megalodon_deploy.verify.comparison import (
+    Candidate,
+    Tick,
+    candidate_efforts,
+    compare_candidate,
+    reference_efforts,
+    run_references,
+)
 from megalodon_deploy.verify.engines import engine_candidates
 from megalodon_deploy.verify.reference import CallByCallRunner, Start, WholeSequenceRunner, make_start
 from megalodon_deploy.verify.report import NotRun, VerifyReport
@@ -25,7 +32,6 @@ from megalodon_deploy.verify.weights import Reference, load_reference
 Progress = Callable[[str, float], None]
 
 _PACKAGES = ("megalodon-deploy", "numpy", "onnx", "onnxruntime", "polygraphy", "torch")
-_REFERENCE_EFFORT = 4  # of a token, where a candidate's is 1: two runs, one of which recomputes
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ def _prepare(
             WholeSequenceRunner(model, schedule, start, name="PyTorch, whole sequence"),
             CallByCallRunner(model, schedule, start, name="PyTorch, call by call"),
         ]
-        yield _Prepared(schedule, feeds, start, run_references(runners, feeds, tick))
+        yield _Prepared(schedule, feeds, start, run_references(schedule, runners, feeds, tick))
 
 
 def _run(
@@ -98,15 +104,16 @@ def _run(
 
 
 def _meter(progress: Progress | None, schedules: tuple[Schedule, ...], num_candidates: int) -> Tick:
-    """Progress in tokens, a reference's counted as what they cost."""
-    total = (_REFERENCE_EFFORT + num_candidates) * sum(schedule.num_tokens for schedule in schedules)
+    total = sum(
+        sum(reference_efforts(schedule)) + num_candidates * sum(candidate_efforts(schedule)) for schedule in schedules
+    )
     done = 0
 
-    def tick(who: str, num_tokens: int) -> None:
+    def tick(who: str, effort: int) -> None:
         nonlocal done
         if progress is not None:
             progress(who, done / total)
-        done += num_tokens * (_REFERENCE_EFFORT if who == REFERENCE else 1)
+        done += effort
 
     return tick
 

@@ -100,8 +100,8 @@ def find(model: Megalodon) -> Find:
             WholeSequenceRunner(model, schedule, start, name="whole"),
             CallByCallRunner(model, schedule, start, name="calls"),
         ]
-        references = run_references(runners, feeds, lambda who, num_tokens: None)
+        references = run_references(schedule, runners, feeds, lambda who, effort: None)
         runner = candidate.open()(schedule, start)
-        return compare_candidate(config, schedule, candidate, runner, feeds, references, lambda who, num_tokens: None)
+        return compare_candidate(config, schedule, candidate, runner, feeds, references, lambda who, effort: None)
 
     return find

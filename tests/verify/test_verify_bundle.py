@@ -15,13 +15,22 @@ from helpers import small_config
 from onnx import helper, numpy_helper
 from onnx.external_data_helper import set_external_data
 
-from megalodon_deploy.bundle import MANIFEST_FILE, MODEL_FILE, WEIGHTS_FILE, Bundle, FileEntry, open_bundle
+from megalodon_deploy.bundle import (
+    MANIFEST_FILE,
+    MODEL_FILE,
+    WEIGHTS_FILE,
+    Bundle,
+    FileEntry,
+    Precision,
+    open_bundle,
+)
 from megalodon_deploy.errors import CheckpointError
 from megalodon_deploy.export import export_checkpoint
 from megalodon_deploy.model.checkpoint import save_checkpoint
 from megalodon_deploy.model.megalodon import Megalodon
 from megalodon_deploy.verify import verify_bundle
 from megalodon_deploy.verify.report import VerifyReport
+from megalodon_deploy.verify.tolerance import tolerances
 
 Fault = Callable[[onnx.ModelProto], None]
 
@@ -89,6 +98,36 @@ def test_another_checkpoint_is_refused_or_missed(bundle: Bundle, model: Megalodo
     report = verify_bundle(bundle, ckpt=tmp_path / "values")
     assert not report.passed
     assert "not the file" in report.reference["note"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "candidates", "not_run"),
+    [
+        ("fp16", {"onnxruntime", "onnxruntime, widened", "onnxruntime session"}, {"TensorRT"}),
+        ("bf16", {"onnxruntime, widened", "torch session"}, {"TensorRT", "onnxruntime on the graph as it is"}),
+    ],
+)
+def test_half_precision(
+    checkpoint: Path, tmp_path: Path, precision: Precision, candidates: set[str], not_run: set[str]
+) -> None:
+    bundle = export_checkpoint(checkpoint, tmp_path / precision, precision=precision)
+    report = verify_bundle(bundle, ckpt=checkpoint)
+    assert report.passed, report.verdict()
+    assert set(report.candidates) == candidates == {finding.candidate for finding in report.findings}
+    assert {item.what for item in report.not_run} == not_run
+    for finding in report.findings:
+        if finding.kind == "logits":
+            is_sharp = finding.tolerance == tolerances(bundle.config, "fp32")["logits"]
+            assert is_sharp == (finding.candidate == "onnxruntime, widened")
+
+
+def test_a_model_with_every_switch(tmp_path: Path) -> None:
+    switches = dict.fromkeys(("swiglu", "rescale_nffn", "scale_emb", "share_emb"), True) | {"norm_affine": False}
+    config = small_config(vocab_size=256, num_heads=1, chunk_size=5, rope_base=100.0, **switches)
+    save_checkpoint(Megalodon(config), tmp_path / "checkpoint")
+    bundle = export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle")
+    report = verify_bundle(bundle, ckpt=tmp_path / "checkpoint")
+    assert report.passed, report.verdict()
 
 
 def spoil(bundle: Bundle, target: Path, fault: Fault) -> Bundle:

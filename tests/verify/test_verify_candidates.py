@@ -1,0 +1,161 @@
+"""Candidates other than the graph in ONNX Runtime: a runtime that is wrong, engines that cannot run here."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import small_config
+
+from megalodon_deploy.bundle import ENGINE_FILE, ENGINE_INFO_FILE, ENGINES_DIR, Bundle, FileEntry, open_bundle
+from megalodon_deploy.engine import EngineInfo
+from megalodon_deploy.engine.profile import optimization_profile
+from megalodon_deploy.errors import EngineError
+from megalodon_deploy.runtime.executors.base import Executor, SlotMemory
+from megalodon_deploy.runtime.session import Session, open_session
+from megalodon_deploy.verify import candidates, engines, verify_bundle
+from megalodon_deploy.verify.compare import Finding
+
+
+class WrongMemory:
+    """A backend's memory with a fault."""
+
+    def __init__(self, right: SlotMemory) -> None:
+        self._right = right
+        self.num_slots = right.num_slots
+
+    def run(self, rows: slice, tokens_BT: np.ndarray, position_B: np.ndarray) -> np.ndarray:
+        return self._right.run(rows, tokens_BT, position_B)
+
+    def read(self, slot: int, position: int) -> dict[str, np.ndarray]:
+        return self._right.read(slot, position)
+
+    def write(self, slot: int, position: int, tensors: Mapping[str, np.ndarray]) -> None:
+        self._right.write(slot, position, tensors)
+
+    def retire(self, slot: int) -> None:
+        self._right.retire(slot)
+
+
+class StaleLogits(WrongMemory):
+    _last: np.ndarray | None = None
+
+    def run(self, rows: slice, tokens_BT: np.ndarray, position_B: np.ndarray) -> np.ndarray:
+        logits = super().run(rows, tokens_BT, position_B).copy()
+        last, self._last = self._last, logits
+        return logits if last is None else last[: len(logits)]
+
+
+class NoFreshStart(WrongMemory):
+    """A reused slot goes on where the old stream was."""
+
+    _positions: np.ndarray | None = None
+
+    def run(self, rows: slice, tokens_BT: np.ndarray, position_B: np.ndarray) -> np.ndarray:
+        if self._positions is not None:
+            position_B = np.where(position_B == 0, self._positions % small_config().chunk_size, position_B)
+        self._positions = position_B + tokens_BT.shape[1]
+        return super().run(rows, tokens_BT, position_B)
+
+
+class MovedRows(WrongMemory):
+    def write(self, slot: int, position: int, tensors: Mapping[str, np.ndarray]) -> None:
+        super().write(slot, position, {name: np.roll(tensor, 1, axis=-2) for name, tensor in tensors.items()})
+
+
+class WrongExecutor:
+    def __init__(self, right: Executor, memory: Callable[[SlotMemory], SlotMemory]) -> None:
+        self.backend, self.activation = right.backend, right.activation
+        self._right, self._memory = right, memory
+
+    def open_slots(self, num_slots: int) -> SlotMemory:
+        return self._memory(self._right.open_slots(num_slots))
+
+
+@pytest.mark.parametrize(
+    ("memory", "schedule"), [(StaleLogits, "prefill"), (NoFreshStart, "batch"), (MovedRows, "splits")]
+)
+def test_a_wrong_runtime_over_a_right_graph_is_a_miss(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, memory: Callable[[SlotMemory], SlotMemory], schedule: str
+) -> None:
+    def open_wrong(bundle: Bundle, backend: str) -> Session:
+        return Session(bundle, WrongExecutor(open_session(bundle, backend).executor, memory))
+
+    monkeypatch.setattr(candidates, "open_session", open_wrong)
+    misses = verify_bundle(bundle).misses
+    assert {miss.candidate for miss in misses} == {"onnxruntime session"}
+    assert schedule in {miss.schedule for miss in misses}
+
+
+def test_a_runtime_that_cannot_open_the_bundle_is_a_miss(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(bundle: Bundle, backend: str) -> Session:
+        raise EngineError("no such luck")
+
+    monkeypatch.setattr(candidates, "open_session", refuse)
+    misses = verify_bundle(bundle).misses
+    assert {(miss.candidate, miss.tensor) for miss in misses} == {("onnxruntime session", "all outputs")}
+    assert "no such luck" in misses[0].describe()
+
+
+def add_engine(bundle: Bundle, name: str, *, flavour: str = "tensorrt-rtx", precision: str = "fp32") -> None:
+    directory = bundle.path / ENGINES_DIR / name
+    directory.mkdir(parents=True)
+    (directory / ENGINE_FILE).write_bytes(b"no engine")
+    info = EngineInfo(
+        id=name,
+        flavour=flavour,
+        version="1.7",
+        compute_capabilities=(89,),
+        precision=precision,
+        max_batch=1,
+        profile=optimization_profile(bundle.config, max_batch=1),
+        plugins=(),
+        num_plugin_layers=0,
+        plugin_library=None,
+        norm_update="float64",
+        bundle_fingerprint=bundle.manifest.fingerprint,
+        engine=FileEntry.of(directory / ENGINE_FILE),
+        build_seconds=1.0,
+        peak_memory_bytes=1,
+    )
+    (directory / ENGINE_INFO_FILE).write_text(info.to_json())
+
+
+@pytest.fixture
+def with_engines(bundle: Bundle, tmp_path: Path) -> Bundle:
+    shutil.copytree(bundle.path, tmp_path / "bundle")
+    copy = open_bundle(tmp_path / "bundle")
+    add_engine(copy, "a")
+    add_engine(copy, "b", precision="bf16")
+    add_engine(copy, "c", flavour="tensorrt")
+    return copy
+
+
+def test_engines_without_a_gpu_are_named_with_the_reason(with_engines: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "visible_gpus", lambda: None)
+    found, not_run = engines.engine_candidates(with_engines)
+    assert found == []
+    assert {(item.what, item.why) for item in not_run} == {
+        (f"engine {name}", "no NVIDIA GPU is visible on this machine") for name in "abc"
+    }
+
+
+def test_with_a_gpu_an_engine_is_run_and_one_that_fails_is_a_miss(
+    with_engines: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "visible_gpus", lambda: "a GPU that is not there")
+    monkeypatch.setattr("polygraphy.config.USE_TENSORRT_RTX", False)
+    (with_engines.path / ENGINES_DIR / "a" / ENGINE_FILE).write_bytes(b"changed..")
+    report = verify_bundle(with_engines)
+    misses: list[Finding] = report.misses
+    assert {(miss.candidate, miss.tensor) for miss in misses} == {("engine a", "all outputs")}
+    assert "sha256" in misses[0].describe()
+    assert {item.what for item in report.not_run} == {
+        "engine b",
+        "engine c",
+        "engine a, schedule batch",
+        "engine a, schedule deep",
+    }

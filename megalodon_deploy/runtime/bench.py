@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,7 +56,7 @@ class BenchReport:
     bundle: str
     precision: str
     processor: str
-    threads: int
+    threads: int | None  # None: each backend's own choice
     versions: dict[str, str]
     prompt_tokens: int
     bandwidth_bytes_per_second: float
@@ -97,15 +98,15 @@ def bench_bundle(
     """Measure prefill and decode of one stream, in `rounds` turns with the other backend and the bandwidth.
 
     Every turn feeds a fresh stream `prompt_tokens` random tokens, then its share of `decode_tokens` one by one.
-    `threads` None: one for each core. Raises what `open_session` raises, and `UserError` for a count below 1.
+    `threads` None: each backend's own choice, and one for each core to read memory. Raises what `open_session`
+    raises, and `UserError` for a count below 1.
     """
     for name, count in (("decode_tokens", decode_tokens), ("prompt_tokens", prompt_tokens), ("rounds", rounds)):
         if count < 1:
             raise UserError(f"bench: {name} = {count} is not a positive integer")
     report = progress or (lambda stage, fraction: None)
-    threads = threads or _num_cores()
     contestants = [_open(bundle, name, threads) for name in dict.fromkeys([backend, compare or backend])]
-    reader = _MemoryReader(read_bytes, threads)
+    reader = _MemoryReader(read_bytes, threads or _num_cores())
     tokens = np.random.default_rng(0).integers(0, bundle.config.vocab_size, prompt_tokens + decode_tokens).tolist()
     steps_per_round = -(-decode_tokens // rounds)
     for index in range(rounds):
@@ -119,9 +120,11 @@ def bench_bundle(
     return BenchReport(
         bundle=bundle.manifest.name,
         precision=bundle.manifest.precision,
-        processor=platform.processor() or platform.machine(),
+        processor=_processor(),
         threads=threads,
-        versions={name: version(name) for name in ["numpy", *(c.session.backend for c in contestants)]},
+        versions={
+            name: import_module(name).__version__ for name in ["numpy", *(c.session.backend for c in contestants)]
+        },
         prompt_tokens=prompt_tokens,
         bandwidth_bytes_per_second=bandwidth,
         weight_bytes_per_token=weight_bytes,
@@ -166,7 +169,15 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def _open(bundle: Bundle, backend: str, threads: int) -> _Contestant:
+def _processor() -> str:
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _open(bundle: Bundle, backend: str, threads: int | None) -> _Contestant:
     start = time.perf_counter()
     session = bundle.session(backend, threads=threads)
     contestant = _Contestant(session, time.perf_counter() - start)

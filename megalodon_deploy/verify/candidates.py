@@ -133,7 +133,7 @@ class SessionRunner(StreamRunner):
         self._start = start
 
     def activate_impl(self) -> None:
-        with self.failing("cannot be opened"):
+        with self.failing("cannot be loaded"):
             self._session = self._load()
             self._batch = self._session.batch(self._schedule.batch)
             self._streams = [self._admit(row, at) for row, at in enumerate(self._schedule.start_positions)]
@@ -142,7 +142,7 @@ class SessionRunner(StreamRunner):
         del self._session, self._batch, self._streams
 
     def call(self, tokens_BT: np.ndarray, position_B: np.ndarray, capacity: int) -> Mapping[str, np.ndarray]:
-        with self.failing(f"cannot run schedule {self._schedule.name}"):
+        with self.failing("cannot run"):
             for row, position in enumerate(position_B.tolist()):
                 if position == 0 and self._streams[row].position:
                     self._batch.retire(self._streams[row])

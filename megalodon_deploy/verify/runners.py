@@ -66,7 +66,7 @@ class StreamRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy ships no typ
         try:
             yield
         except Exception as error:
-            raise CandidateFailedError(f"{self.name} {what}: {' '.join(str(error).split())}") from error
+            raise CandidateFailedError(f"{what}: {' '.join(str(error).split())}") from error
 
 
 class CarriedRunner(StreamRunner):
@@ -100,28 +100,27 @@ class CarriedRunner(StreamRunner):
             num_rows=self._schedule.memory_rows,
             activation=self._activation,
         )
-        self._broken: str | None = None
-        with self.failing("cannot load the graph"):
+        with self.failing("cannot be loaded"):
             self._single.activate()
-        self._check_inputs()
+        self._broken = self._input_problem()
 
     def deactivate_impl(self) -> None:
         self._single.deactivate()
         del self._memory
 
-    def _check_inputs(self) -> None:
+    def _input_problem(self) -> str | None:
         wanted = {TOKENS, POSITION, *(spec.past for spec in state_specs(self._config))}
         found = set(self._single.get_input_metadata(use_numpy_dtypes=False))
-        if wanted != found:
-            extra, missing = sorted(found - wanted), sorted(wanted - found)
-            raise CandidateFailedError(f"{self.name}: inputs {extra} are not in the contract, {missing} are missing")
+        if wanted == found:
+            return None
+        return f"inputs {sorted(found - wanted)} are not in the contract, {sorted(wanted - found)} are missing"
 
     def call(self, tokens_BT: np.ndarray, position_B: np.ndarray, capacity: int) -> Mapping[str, np.ndarray]:
         if self._broken:
-            raise CandidateFailedError(f"{self.name} cannot go on with schedule {self._schedule.name}: {self._broken}")
+            raise CandidateFailedError(f"cannot go on: {self._broken}")
         positions = position_B.tolist()
         feed = {TOKENS: tokens_BT, POSITION: position_B, **self._memory.past(positions, capacity)}
-        with self.failing(f"cannot run schedule {self._schedule.name}"):
+        with self.failing("cannot run"):
             outputs: Mapping[str, np.ndarray] = self._single.infer(feed, check_inputs=False)
         self._broken = self._memory.advance(positions, tokens_BT.shape[1], outputs)
         return outputs

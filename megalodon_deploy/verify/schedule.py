@@ -134,9 +134,9 @@ def plan_schedules(config: MegalodonConfig, *, prefill_flop: float = PREFILL_FLO
         ),
         _walk(
             "deep",
-            "a row beyond 2^33 tokens steps over a chunk edge",
+            "beyond 2^33 tokens, over a chunk edge; S in buckets",
             chunk,
-            (DEEP_POSITION // chunk * chunk + chunk - 1, 3 * chunk),
+            (DEEP_POSITION // chunk * chunk + chunk - 1,),
             (_Feed(1), _Feed(1), _Feed(2)),
             _bucket,
         ),

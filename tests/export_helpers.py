@@ -66,12 +66,15 @@ def random_call(
     return feeds
 
 
-def run_onnx(bundle: Bundle, feeds: Arrays) -> Arrays:
+def open_onnx(path: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(bundle.model_path, options, providers=["CPUExecutionProvider"])
-    return run_session(session, feeds)
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def run_onnx(bundle: Bundle, feeds: Arrays) -> Arrays:
+    return run_session(open_onnx(bundle.model_path), feeds)
 
 
 def run_session(session: onnxruntime.InferenceSession, feeds: Arrays) -> Arrays:

@@ -58,9 +58,9 @@ class GraphBuilder:
     ) -> list[ir.Value]:
         """A node with an output per name; the node is named after the first."""
         values = [ir.Value(name=self.unique(name)) for name in names]
-        scope, leaf = "/".join(self._scopes), str(values[0].name).rsplit(".", 1)[-1]
-        node = ir.node(op_type, inputs, attributes, domain=domain, outputs=values, name=f"/{scope}/{leaf}")
-        self.nodes.append(node)
+        leaf = str(values[0].name).rsplit(".", 1)[-1]
+        path = "/" + "/".join([*self._scopes, leaf])
+        self.nodes.append(ir.node(op_type, inputs, attributes, domain=domain, outputs=values, name=path))
         return values
 
     def constant(self, value: np.ndarray | Sequence[int], name: str) -> ir.Value:

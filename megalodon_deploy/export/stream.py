@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
@@ -16,6 +18,7 @@ _NUMPY_DTYPE = {
     ir.DataType.FLOAT16: np.dtype(np.float16),
     ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
 }
+INLINE_BYTES = 256  # tensors up to this size lie in the graph file, not beside it
 
 
 class WeightStream:
@@ -26,7 +29,10 @@ class WeightStream:
         self._fold_of = {spec.name: fold for fold in folds(checkpoint.config) for spec in fold.targets}
         self._recent: tuple[Fold, tuple[np.ndarray, ...]] | None = None  # of a fold with several targets
 
-    def tensor(self, spec: InitializerSpec, dtype: ir.DataType) -> ir.LazyTensor:
+    def tensor(self, spec: InitializerSpec, dtype: ir.DataType) -> ir.TensorProtocol:
+        """The tensor of `spec`; one that goes into the graph file is read at once."""
+        if math.prod(spec.shape) * _NUMPY_DTYPE[dtype].itemsize <= INLINE_BYTES:
+            return self._load(spec, dtype)
         return ir.LazyTensor(lambda: self._load(spec, dtype), dtype, ir.Shape(spec.shape), name=spec.name)
 
     def _load(self, spec: InitializerSpec, dtype: ir.DataType) -> ir.Tensor:

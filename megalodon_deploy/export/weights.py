@@ -115,7 +115,7 @@ def _matrices(name: str, sources: Sequence[str], widths: Sequence[int], in_dim: 
 
     def join(*weights: np.ndarray) -> Arrays:
         matrix = torch.empty(in_dim, sum(widths))  # PyTorch transposes several times faster than NumPy
-        for part, weight in zip(matrix.split(list(widths), dim=1), weights, strict=True):
+        for part, weight in zip(torch.split(matrix, list(widths), dim=1), weights, strict=True):
             part.copy_(torch.from_numpy(weight).t())
         return (matrix.numpy(),)
 

@@ -28,7 +28,7 @@ from megalodon_deploy.bundle import (
 from megalodon_deploy.errors import BundleError
 from megalodon_deploy.export.graph import build_model
 from megalodon_deploy.export.operators.schema import register_schemas
-from megalodon_deploy.export.stream import WeightStream
+from megalodon_deploy.export.stream import INLINE_BYTES, WeightStream
 from megalodon_deploy.files import atomic_directory
 from megalodon_deploy.model.checkpoint import Checkpoint, TokenizerSource, read_checkpoint
 
@@ -87,7 +87,15 @@ def _write_model(checkpoint: Checkpoint, directory: Path, options: ExportOptions
         progress(f"writing {tensor.name}", _WEIGHTS_SHARE * info.index / info.total)
 
     path = directory / MODEL_FILE
-    ir.save(model, path, external_data=WEIGHTS_FILE, callback=show, alignment=_PAGE_BYTES, align_threshold=_PAGE_BYTES)
+    ir.save(
+        model,
+        path,
+        external_data=WEIGHTS_FILE,
+        size_threshold_bytes=INLINE_BYTES,
+        callback=show,
+        alignment=_PAGE_BYTES,
+        align_threshold=_PAGE_BYTES,
+    )
     _add_shapes(path)
 
 

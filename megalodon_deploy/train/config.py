@@ -22,7 +22,7 @@ def byte_model(
     heads: int | None = None,
     chunk_size: int | None = None,
 ) -> MegalodonConfig:
-    """A byte-level model: a preset, or a small one whose widths follow `dim` D as Z = D/2, E = 2D, F = 2.5D.
+    """A byte-level model: a preset, or a small one whose widths follow `dim` D as Z = D/2, E = 2D, F = 3D.
 
     The default has about one million parameters, which two CPU cores train in two minutes. Raises `ConfigError` when
     a preset is mixed with dimensions, or when the dimensions contradict each other.
@@ -43,7 +43,7 @@ def byte_model(
         num_heads=1 if heads is None else heads,
         z_dim=width // 2,
         value_dim=2 * width,
-        ffn_hidden_dim=5 * width // 2,
+        ffn_hidden_dim=3 * width,
         chunk_size=128 if chunk_size is None else chunk_size,
         norm_num_groups=width // group_dim,
     )
@@ -64,15 +64,15 @@ class TrainConfig:
     overwrite: bool = False  # whether a checkpoint at `out` may be replaced
     steps: int | None = None  # the length of the run: this
     minutes: float | None = None  # or this
-    batch_size: int = 8  # windows of a step
+    batch_size: int = 4  # windows of a step
     seq_len: int = 512  # tokens of a window
-    learning_rate: float = 3e-3  # the peak
+    learning_rate: float = 6e-3  # the peak
     warmup_fraction: float = 0.05  # of the run
     final_lr_fraction: float = 0.1  # of the peak
     weight_decay: float = 0.1
     clip_norm: float = 1.0  # on the norm of all gradients
     seed: int = 0
-    threads: int | None = None  # None: PyTorch's own choice
+    threads: int | None = None  # None: one for each processor that this process may use
     held_out_fraction: float = 0.05  # of the files
     evaluations: int = 10  # times that the held-out loss is measured and the checkpoint written
     evaluation_windows: int = 32

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from megalodon_deploy.cpus import usable_cpus
 from megalodon_deploy.errors import CheckpointError, TrainError
 from megalodon_deploy.model.checkpoint import TokenizerSource, read_checkpoint, save_checkpoint
 from megalodon_deploy.model.megalodon import Megalodon
@@ -199,9 +200,9 @@ def _check_out(config: TrainConfig) -> None:
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    """Let PyTorch use `count` threads for a while."""
+    """Let PyTorch use `count` threads for a while; None: its own choice, but no more than there are processors."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+    torch.set_num_threads(count or min(before, usable_cpus()))
     try:
         yield
     finally:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 from polygraphy.comparator import RunResults
 
 from megalodon_deploy.bundle import Bundle
@@ -27,7 +26,7 @@ from megalodon_deploy.verify.reference import CallByCallRunner, Start, WholeSequ
 from megalodon_deploy.verify.report import NotRun, VerifyReport
 from megalodon_deploy.verify.runners import Feed, make_feeds
 from megalodon_deploy.verify.schedule import Schedule, plan_schedules
-from megalodon_deploy.verify.weights import Reference, load_reference
+from megalodon_deploy.verify.weights import WeightSource, load_reference
 
 Progress = Callable[[str, float], None]
 
@@ -52,9 +51,7 @@ def run_verification(bundle: Bundle, ckpt: str | Path | None, progress: Progress
     on_gpu, not_anywhere = engine_candidates(bundle)
     candidates, not_run = on_cpu + on_gpu, not_here + not_anywhere
     tick = _meter(progress, schedules, len(candidates))
-    reference = load_reference(bundle, ckpt)
-    activation = ACTIVATIONS[bundle.manifest.precision]
-    prepared = list(_prepare(reference, schedules, activation, tick))
+    prepared, source = _compute_references(bundle, ckpt, schedules, tick)
     findings: list[Finding] = []
     for candidate in candidates:
         found, left_out = _run(candidate, prepared, bundle, tick)
@@ -62,7 +59,7 @@ def run_verification(bundle: Bundle, ckpt: str | Path | None, progress: Progress
         not_run += left_out
     return VerifyReport(
         bundle=_describe(bundle),
-        reference={"weights": reference.weights, "checks_mapping": reference.checks_mapping, "note": reference.note},
+        reference=asdict(source),
         candidates={candidate.name: candidate.what for candidate in candidates},
         schedules=schedules,
         findings=tuple(findings),
@@ -72,18 +69,22 @@ def run_verification(bundle: Bundle, ckpt: str | Path | None, progress: Progress
     )
 
 
-def _prepare(
-    reference: Reference, schedules: tuple[Schedule, ...], activation: np.dtype, tick: Tick
-) -> Iterator[_Prepared]:
-    model = reference.model
+def _compute_references(
+    bundle: Bundle, ckpt: str | Path | None, schedules: tuple[Schedule, ...], tick: Tick
+) -> tuple[list[_Prepared], WeightSource]:
+    """All of them first, so that the model is gone before another one is loaded."""
+    model, source = load_reference(bundle, ckpt)
+    activation = ACTIVATIONS[bundle.manifest.precision]
+    prepared = []
     for seed, schedule in enumerate(schedules):
         start = make_start(model, schedule, activation, seed)
-        feeds = list(make_feeds(schedule, model.config.vocab_size, seed))
+        feeds = list(make_feeds(schedule, bundle.config.vocab_size, seed))
         runners = [
             WholeSequenceRunner(model, schedule, start, name="PyTorch, whole sequence"),
             CallByCallRunner(model, schedule, start, name="PyTorch, call by call"),
         ]
-        yield _Prepared(schedule, feeds, start, run_references(schedule, runners, feeds, tick))
+        prepared.append(_Prepared(schedule, feeds, start, run_references(schedule, runners, feeds, tick)))
+    return prepared, source
 
 
 def _run(

@@ -18,23 +18,22 @@ _DTYPES: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bf
 
 
 @dataclass(frozen=True)
-class Reference:
-    """A float32 model, and where its weights came from."""
+class WeightSource:
+    """Where the reference's weights came from."""
 
-    model: Megalodon
     weights: str
     checks_mapping: bool  # whether the weights' way into the bundle is compared, too
     note: str = ""  # what a reader of the report should know
 
 
-def load_reference(bundle: Bundle, ckpt: str | Path | None) -> Reference:
-    """The checkpoint's weights when there is one, else the bundle's own.
+def load_reference(bundle: Bundle, ckpt: str | Path | None) -> tuple[Megalodon, WeightSource]:
+    """A float32 model with the checkpoint's weights when there is one, else with the bundle's own.
 
     Raises `CheckpointError` when the checkpoint's configuration is not the bundle's.
     """
     if ckpt is None:
         note = "weights read back from the bundle: how they came there was not checked, --ckpt does"
-        return Reference(load_bundle_model(bundle).eval(), str(bundle.path), False, note)
+        return load_bundle_model(bundle), WeightSource(str(bundle.path), False, note)
     checkpoint = read_checkpoint(ckpt)
     if checkpoint.config != bundle.config:
         raise CheckpointError(
@@ -46,7 +45,7 @@ def load_reference(bundle: Bundle, ckpt: str | Path | None) -> Reference:
         _round_weights(model, bundle.manifest.precision)
     same = checkpoint.fingerprint == bundle.manifest.source.get("fingerprint")
     note = "" if same else f"{ckpt} is not the file that the bundle was exported from"
-    return Reference(model, str(ckpt), True, note)
+    return model, WeightSource(str(ckpt), True, note)
 
 
 def _round_weights(model: Megalodon, precision: Precision) -> None:

@@ -154,8 +154,8 @@ class Bundle:
                 )
 
     def engine_dirs(self) -> list[Path]:
-        """Directories of finished engines, sorted by name."""
-        return sorted(path.parent for path in (self.path / ENGINES_DIR).glob(f"*/{ENGINE_INFO_FILE}"))
+        """Directories of finished engines, sorted by name; one that is being written begins with a dot."""
+        return sorted(path.parent for path in (self.path / ENGINES_DIR).glob(f"[!.]*/{ENGINE_INFO_FILE}"))
 
     def session(self, backend: str = "onnxruntime", **options: Any) -> Session:
         """Open an executor: see `megalodon_deploy.runtime.session.open_session`."""

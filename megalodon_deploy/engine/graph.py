@@ -1,4 +1,4 @@
-"""The ONNX graph as TensorRT should see it: functions stripped where a plugin takes over, no float64 elsewhere.
+"""The ONNX graph as TensorRT should see it: functions stripped where a plugin takes over, fit for TensorRT elsewhere.
 
 Only the graph file is read and rewritten, in memory; weights stay in their external file, which the parser maps.
 """
@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megalodon_deploy.engine.loopless import loopless_complex_ema
+
 if TYPE_CHECKING:
     import onnx
 
 OPERATOR_DOMAIN = "megalodon"
+_LOOPING = "ComplexEMA"
 
 
 @dataclass(frozen=True)
@@ -26,17 +29,22 @@ class PreparedGraph:
     narrowed: bool  # float64 arithmetic was turned into float32
 
 
-def prepare_graph(model_path: Path, plugin_operators: Iterable[str]) -> PreparedGraph:
-    """Read `model_path` without weights and rewrite it.
+def prepare_graph(model_path: Path, plugin_operators: Iterable[str], chunk_size: int) -> PreparedGraph:
+    """Read `model_path` without weights and rewrite it for calls of at most `chunk_size` tokens.
 
     TensorRT's parser prefers a model-local function to a plugin of the same name, so functions of
-    `plugin_operators` are removed. TensorRT has no float64: what stays of it in other functions becomes float32.
+    `plugin_operators` are removed. ComplexEMA's function, if it stays, is replaced by one that TensorRT can compile.
+    TensorRT has no float64: what stays of it in other functions becomes float32.
     """
     import onnx
 
     model = onnx.load(model_path, load_external_data=False)
     operators = set(plugin_operators)
-    kept = [function for function in model.functions if not _is_plugin(function.domain, function.name, operators)]
+    kept = [
+        loopless_complex_ema(function, chunk_size) if function.name == _LOOPING else function
+        for function in model.functions
+        if not _is_plugin(function.domain, function.name, operators)
+    ]
     del model.functions[:]
     model.functions.extend(kept)
     nodes = Counter(node.op_type for node in model.graph.node if _is_plugin(node.domain, node.op_type, operators))

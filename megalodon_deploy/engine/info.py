@@ -81,7 +81,7 @@ class EngineInfo:
 
 def list_engines(bundle: Bundle) -> list[EngineInfo]:
     """Engines of the bundle, sorted by name. Raises `EngineError` on an engine.json that cannot be read."""
-    return [_read(directory) for directory in bundle.engine_dirs() if not directory.name.startswith(".")]
+    return [_read(directory) for directory in bundle.engine_dirs()]
 
 
 def _read(directory: Path) -> EngineInfo:

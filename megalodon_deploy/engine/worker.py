@@ -21,12 +21,17 @@ from typing import Any, TextIO
 from megalodon_deploy.engine.graph import PreparedGraph, prepare_graph
 from megalodon_deploy.engine.job import BuildJob, BuildResult, engine_id
 from megalodon_deploy.engine.phases import PhaseTree
+from megalodon_deploy.engine.targets import Flavour
 from megalodon_deploy.errors import EngineError
+from megalodon_deploy.state import TOKENS
 
 Report = Callable[[str, float], None]
 
 _PARSED = 0.1  # share of the progress bar that reading and parsing take
+# Share of TensorRT's own phases. TensorRT-RTX spends nearly all its time inside the last step that it announces.
+_PHASES = {"tensorrt-rtx": 0.25, "tensorrt": 0.85}
 _EVENT_STEP = 0.01  # progress is sent when it moved this far
+_COMPILING = "Determining refit engines"  # TensorRT-RTX's name for the phase in which it compiles
 _CU_MAJOR, _CU_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 
 
@@ -77,7 +82,7 @@ def build(job: BuildJob, report: Report) -> BuildResult:
         raise EngineError(f"{target} exists already; replace it with --overwrite")
     operators = _load_plugins(trt, job.plugin_library) if job.plugin_library else set()
     report("reading the graph", 0.02)
-    graph = prepare_graph(Path(job.model_path), operators)
+    graph = prepare_graph(Path(job.model_path), operators, chunk_size=job.profile[TOKENS].max[1])
     builder, network = create_network(strongly_typed=True)
     parser = _parse(trt, network, graph, job.model_path)
     num_plugin_layers = _check_plugin_layers(trt, network, graph)
@@ -132,7 +137,7 @@ def _config_creator(trt: Any, job: BuildJob, report: Report) -> Callable[[Any, A
     profile = Profile()
     for name, shapes in job.profile.items():
         profile.add(name, min=shapes.min, opt=shapes.opt, max=shapes.max)
-    options = {"profiles": [profile], "progress_monitor": _progress_monitor(trt, report)}
+    options = {"profiles": [profile], "progress_monitor": _progress_monitor(trt, job.flavour, report)}
     if job.flavour == "tensorrt-rtx":
         from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
@@ -148,28 +153,33 @@ def _config_creator(trt: Any, job: BuildJob, report: Report) -> Callable[[Any, A
     return create_config
 
 
-def _progress_monitor(trt: Any, report: Report) -> Any:
+def _progress_monitor(trt: Any, flavour: Flavour, report: Report) -> Any:
     tree = PhaseTree()
     sent = 0.0
 
+    def advance(phase: str, least: float) -> bool:
+        """Report if progress moved by `least`; False when the caller is gone."""
+        nonlocal sent
+        fraction = max(sent, _PARSED + _PHASES[flavour] * tree.fraction())
+        if fraction - sent < least:
+            return True
+        sent = fraction
+        try:
+            report("compiling" if phase == _COMPILING else phase.lower(), fraction)
+        except OSError:
+            return False
+        return True
+
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the module has no type information
-        """Called from TensorRT's threads. Returning False stops a build whose caller is gone."""
+        """Called from TensorRT's threads. Returning False stops a build."""
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             tree.start(phase_name, parent_phase, num_steps)
+            advance(phase_name, 0.0 if phase_name == _COMPILING else _EVENT_STEP)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            nonlocal sent
             tree.step(phase_name, step)
-            fraction = tree.fraction()
-            if fraction < sent + _EVENT_STEP:
-                return True
-            sent = fraction
-            try:
-                report(phase_name.lower(), _PARSED + (0.98 - _PARSED) * fraction)
-            except OSError:
-                return False
-            return True
+            return advance(phase_name, _EVENT_STEP)
 
         def phase_finish(self, phase_name: str) -> None:
             tree.finish(phase_name)

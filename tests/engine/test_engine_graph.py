@@ -69,7 +69,7 @@ def test_narrowing_reaches_branches_functions_and_initializers(flag: bool) -> No
 
 
 def test_functions_stay_without_plugins(hand_made: HandMade) -> None:
-    graph = prepare_graph(hand_made().model_path, ())
+    graph = prepare_graph(hand_made().model_path, (), 12)
     model = onnx.load_from_string(graph.model)
     assert {function.name for function in model.functions} == {"ComplexEMA", "TimestepNorm"}
     assert graph.narrowed
@@ -77,14 +77,14 @@ def test_functions_stay_without_plugins(hand_made: HandMade) -> None:
 
 
 def test_functions_with_a_plugin_are_removed(hand_made: HandMade) -> None:
-    graph = prepare_graph(hand_made().model_path, {"ComplexEMA", "TimestepNorm", "Unused"})
+    graph = prepare_graph(hand_made().model_path, {"ComplexEMA", "TimestepNorm", "Unused"}, 12)
     assert not onnx.load_from_string(graph.model).functions
     assert not graph.narrowed
     assert graph.plugin_nodes == {"ComplexEMA": 2, "TimestepNorm": 3}
 
 
 def test_a_function_without_a_plugin_stays(hand_made: HandMade) -> None:
-    graph = prepare_graph(hand_made().model_path, {"ComplexEMA"})
+    graph = prepare_graph(hand_made().model_path, {"ComplexEMA"}, 12)
     assert [function.name for function in onnx.load_from_string(graph.model).functions] == ["TimestepNorm"]
     assert graph.narrowed
     assert graph.plugin_nodes == {"ComplexEMA": 2}
@@ -93,7 +93,7 @@ def test_a_function_without_a_plugin_stays(hand_made: HandMade) -> None:
 def test_weights_stay_outside(hand_made: HandMade) -> None:
     bundle = hand_made()
     before = bundle.model_path.read_bytes()
-    model = onnx.load_from_string(prepare_graph(bundle.model_path, ()).model)
+    model = onnx.load_from_string(prepare_graph(bundle.model_path, (), 12).model)
     embed = next(tensor for tensor in model.graph.initializer if tensor.name == "embed")
     assert embed.data_location == onnx.TensorProto.EXTERNAL
     assert not embed.raw_data

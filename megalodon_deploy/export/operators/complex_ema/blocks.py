@@ -39,13 +39,13 @@ def emit_blocks(
 
     Args:
         direct_BTD: omega u
-        past_rows: [B, 1, 1, 2DN]
-        level_0: [B, 1] zeros
+        past_rows: [B, 1, D, 2N]
+        level_0: [B, D] int64, table rows of q
         levels: L = 2^levels
     """
     layout = BlockLayout(builder, u_BTD, coefficients, 1 << levels)
     tables = BlockTables(builder, coefficients, levels, layout.one)
-    block, state_row = builder.constant([1 << levels], "block"), builder.constant([0, 1, 1, -1], "state_row")
+    block, row_axis = builder.constant([1 << levels], "block"), builder.constant([1], "one")
     both = builder.op("MatMul", layout.blocks(), tables.inside_DLX, name="inside")
     sizes = builder.op("Concat", block, tables.num_sums, axis=0, name="inside_sizes")
     inner_DML, sums_DMm = builder.multi("Split", both, sizes, names=["inner", "sums"], axis=-1)
@@ -56,7 +56,7 @@ def emit_blocks(
     last = builder.op("Gather", entering, builder.scalar(-1, np.int64, "last"), axis=0, name="entering_last")
     decayed = _decay(builder, last, layout.last_tokens, level_0, coefficients, levels)
     last_sums = builder.op("MatMul", layout.last_block(), tables.sums_DLm, name="last_sums")
-    rows = builder.op("Reshape", builder.op("Transpose", last_sums, perm=[1, 0, 2]), state_row)
+    rows = builder.op("Unsqueeze", builder.op("Transpose", last_sums, perm=[1, 0, 2]), row_axis)
     state = builder.op("Add", decayed, rows, name="last_state")
     return [
         builder.op("Add", direct_BTD, average_BTD, name="sum"),
@@ -72,10 +72,10 @@ def _scan(
     coefficients: Coefficients,
     levels: int,
 ) -> ir.Value:
-    """q h for the state h that enters each block, [blocks, B, 1, 1, 2DN]."""
+    """q h for the state h that enters each block, [blocks, B, 1, D, 2N]."""
     inner = builder.inner("scan")
     state, addend = (ir.Value(name=inner.unique(name)) for name in ("state", "block_sum"))
-    level_L = builder.op("Add", level_0, builder.scalar(levels, np.int64, f"level_{levels}"), name="level_L")
+    level_L = coefficients.level(builder, level_0, levels)
     after = inner.op("Add", coefficients.rotate(inner, state, level_L, "moved"), addend, name="after")
     entering = coefficients.rotate(inner, state, level_0, "entering")
     body = inner.subgraph("scan", [state, addend], [after, entering])
@@ -91,13 +91,13 @@ def _decay(
     coefficients: Coefficients,
     levels: int,
 ) -> ir.Value:
-    """state [B, 1, 1, 2DN] times q^(count - 1), 1 <= count <= L: a factor for each bit."""
+    """state [B, 1, D, 2N] times q^(count - 1), 1 <= count <= L: a factor for each bit."""
     exponent = builder.op("Sub", count, builder.constant([1], "one"), name="exponent")
     for level in range(levels):
         shifted = builder.op("Div", exponent, builder.constant([1 << level], f"bit_{level}"))
         remainder = builder.op("Mod", shifted, builder.constant([2], "pair"))
         is_set = builder.op("Cast", remainder, to=ir.DataType.BOOL, name=f"has_bit_{level}")
-        level_k = builder.op("Add", level_0, builder.scalar(level, np.int64, f"level_{level}"))
+        level_k = coefficients.level(builder, level_0, level)
         state = builder.op(
             "Where", is_set, coefficients.rotate(builder, state, level_k, "raised"), state, name="decayed"
         )

@@ -47,17 +47,17 @@ class BlockLayout:
         return builder.op("Slice", padded, self._zeros(1), self._num_tokens, one, name="average")
 
     def to_rows(self, sums_DMm: ir.Value) -> ir.Value:
-        """[D, M, m] -> [blocks, B, 1, 1, Dm]."""
+        """[D, M, m] -> [blocks, B, 1, D, m]."""
         builder = self._builder
         shape = self._concat(self._zeros(1), self._batch, self._num_blocks, builder.constant([-1], "rest"))
         moved = builder.op("Transpose", builder.op("Reshape", sums_DMm, shape), perm=[2, 1, 0, 3])
-        return builder.op("Reshape", moved, builder.constant([0, 0, 1, 1, -1], "scan_row"), name="block_sums")
+        return builder.op("Unsqueeze", moved, builder.constant([2], "row_axis"), name="block_sums")
 
     def from_rows(self, rows: ir.Value) -> ir.Value:
-        """[blocks, B, 1, 1, Dm] -> [D, M, m]."""
+        """[blocks, B, 1, D, m] -> [D, M, m]."""
         builder = self._builder
-        shape = self._concat(builder.constant([0, 0], "keep_two"), self._coefficients.channel_shape)
-        moved = builder.op("Transpose", builder.op("Reshape", rows, shape), perm=[2, 1, 0, 3])
+        squeezed = builder.op("Squeeze", rows, builder.constant([2], "row_axis"))
+        moved = builder.op("Transpose", squeezed, perm=[2, 1, 0, 3])
         blocks = builder.op("Mul", self._batch, self._num_blocks, name="row_blocks")
         return builder.op("Reshape", moved, self._concat(self._zeros(1), blocks, builder.constant([-1], "rest")))
 

@@ -23,8 +23,8 @@ def emit_step(
     `direct_BTD` (omega u) has all T.
 
     Args:
-        past_rows: [B, 1, 1, 2DN]
-        level_0: [B, 1] zeros
+        past_rows: [B, 1, D, 2N]
+        level_0: [B, D] int64, table rows of q
     """
     state_axes = builder.constant([2, 3], "state_axes")
     rotated = coefficients.rotate(builder, past_rows, level_0, "rotated")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from megalodon_deploy.export.builder import GraphBuilder
@@ -30,17 +29,17 @@ class BlockTables:
 
     def _powers(self, start_DN2: ir.Value, levels: int, *, ascending: bool) -> ir.Value:
         """start conj(q)^j for j = 0..L-1, or start q^(L-1-j); [D, L, m]."""
-        builder, direction = self._builder, "ascending" if ascending else "descending"
-        table = builder.op("Reshape", start_DN2, builder.constant([1, 1, 1, -1], "table_row"))
+        builder, coefficients = self._builder, self._coefficients
+        direction = "ascending" if ascending else "descending"
+        ones = builder.constant([1, 1], "one_row")
+        shape = builder.op("Concat", ones, coefficients.dim, builder.constant([-1], "rest"), axis=0)
+        table = builder.op("Reshape", start_DN2, shape, name=f"{direction}_start")
         for level in range(levels):
-            index = builder.constant(np.array([[level]]), f"row_level_{level}")
-            raised = self._coefficients.rotate(builder, table, index, f"{direction}_raised", conjugate=ascending)
+            rows = coefficients.level(builder, coefficients.first_level_1D, level)
+            raised = coefficients.rotate(builder, table, rows, f"{direction}_raised", conjugate=ascending)
             parts = (table, raised) if ascending else (raised, table)
             table = builder.op("Concat", *parts, axis=1, name=direction)
-        shape = builder.op(
-            "Concat", builder.constant([self._length], "block"), self._coefficients.channel_shape, axis=0
-        )
-        rows_LDm = builder.op("Reshape", table, shape)
+        rows_LDm = builder.op("Squeeze", table, builder.constant([0], "zeros_1"))
         return builder.op("Transpose", rows_LDm, perm=[1, 0, 2], name=f"{direction}_table")
 
     def _toeplitz(self) -> ir.Value:
@@ -50,7 +49,7 @@ class BlockTables:
         """
         builder, length = self._builder, self._length
         rest = builder.constant([-1], "rest")
-        column = builder.op("Concat", self._coefficients.channel_shape, builder.constant([1], "one"), axis=0)
+        column = builder.op("Concat", self._coefficients.dim, rest, builder.constant([1], "one"), axis=0)
         drive_Dm1 = builder.op("Reshape", self._coefficients.drive_DN2, column)
         kernel_DL = builder.op("Squeeze", builder.op("MatMul", self.readout_DLm, drive_Dm1), rest, name="kernel")
         zero_filled = builder.op("Pad", kernel_DL, builder.constant([0, 0, 0, length], "kernel_padding"))

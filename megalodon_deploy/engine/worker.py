@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -32,10 +33,12 @@ _PARSED = 0.1  # share of the progress bar that reading and parsing take
 _PHASES = {"tensorrt-rtx": 0.25, "tensorrt": 0.85}
 _EVENT_STEP = 0.01  # progress is sent when it moved this far
 _COMPILING = "Determining refit engines"  # TensorRT-RTX's name for the phase in which it compiles
+_PR_SET_PDEATHSIG = 1
 _CU_MAJOR, _CU_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 
 
 def main() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a build is of no use to anyone without its caller
     events = _private_stdout()
 
     def send(kind: str, value: Any) -> None:
@@ -158,7 +161,7 @@ def _progress_monitor(trt: Any, flavour: Flavour, report: Report) -> Any:
     sent = 0.0
 
     def advance(phase: str, least: float) -> bool:
-        """Report if progress moved by `least`; False when the caller is gone."""
+        """Report if progress moved by `least`; False when nobody reads it."""
         nonlocal sent
         fraction = max(sent, _PARSED + _PHASES[flavour] * tree.fraction())
         if fraction - sent < least:

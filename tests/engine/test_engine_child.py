@@ -53,7 +53,7 @@ def _deadly_library(folder: Path, statement: str) -> str:
     """A library that runs a C statement when TensorRT loads it as a plugin library."""
     source = folder / "deadly.c"
     source.write_text(
-        "#include <signal.h>\n#include <stdio.h>\n#include <stdlib.h>\n"
+        "#include <signal.h>\n#include <stdio.h>\n#include <stdlib.h>\n#include <unistd.h>\n"
         f"__attribute__((constructor)) static void die(void) {{ {statement} }}\n"
     )
     library = folder / "libdeadly.so"
@@ -116,7 +116,7 @@ def test_an_exception_of_the_caller_ends_the_child(job: BuildJob, scratch: Path)
     assert not Path(job.engine_path).exists()
 
 
-def test_a_build_stops_when_its_caller_is_gone(job: BuildJob, tmp_path: Path) -> None:
+def test_a_build_stops_when_nobody_reads_its_progress(job: BuildJob) -> None:
     child = subprocess.Popen(
         [sys.executable, "-m", "megalodon_deploy.engine.worker"],
         stdin=subprocess.PIPE,
@@ -132,6 +132,42 @@ def test_a_build_stops_when_its_caller_is_gone(job: BuildJob, tmp_path: Path) ->
     child.stdout.close()
     assert child.wait(timeout=60) != 0
     assert not Path(job.engine_path).exists()
+
+
+def test_a_build_dies_with_its_caller(job: BuildJob, tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "from megalodon_deploy.engine.child import run_job\n"
+        "from megalodon_deploy.engine.job import BuildJob\n"
+        "run_job(BuildJob.from_json(sys.stdin.read()), lambda *_: print('building', flush=True))\n"
+    )
+    slow = dataclasses.replace(job, plugin_library=_deadly_library(tmp_path, "sleep(600);"))
+    caller = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=dict(os.environ, TMPDIR=str(tmp_path)),
+    )
+    assert caller.stdin is not None
+    assert caller.stdout is not None
+    caller.stdin.write(slow.to_json().encode())
+    caller.stdin.close()
+    assert caller.stdout.readline() == b"building\n"
+    child = int(Path(f"/proc/{caller.pid}/task/{caller.pid}/children").read_text())
+    assert _is_running(child)
+    caller.kill()
+    caller.wait()
+    deadline = time.monotonic() + 60
+    while _is_running(child):
+        assert time.monotonic() < deadline, "the build lives on"
+        time.sleep(0.05)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ what lies in the memory of a row at position 0.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,41 +22,46 @@ if TYPE_CHECKING:
 
 
 class StreamBatch:
-    """Slots for streams at positions of their own. Made by `Session.batch`."""
+    """Slots for streams at positions of their own. Made by `Session.batch`.
+
+    A stream holds its batch, but a batch does not hold its streams: a stream that nobody keeps gives its slot back.
+    (Holding each other, they and their memory would wait for the garbage collector, which counts no bytes.)
+    """
 
     def __init__(self, session: Session, num_slots: int) -> None:
         self.session = session
         self._memory = session.executor.open_slots(num_slots)
-        self._streams: list[Stream | None] = [None] * num_slots
+        self._slots: list[weakref.ref[Stream] | None] = [None] * num_slots
 
     @property
     def num_slots(self) -> int:
-        return len(self._streams)
+        return len(self._slots)
 
     @property
     def streams(self) -> list[Stream]:
         """The streams that hold a slot, in the order of their slots."""
-        return [stream for stream in self._streams if stream is not None]
+        return [stream for slot in range(self.num_slots) if (stream := self._occupant(slot)) is not None]
 
     def admit(self, *, resume: str | Path | SavedStream | None = None) -> Stream:
         """Start or resume a stream in a free slot. Raises `UserError` when there is none, `StateError` for a saved
         stream of another bundle."""
-        if None not in self._streams:
+        self._reclaim()
+        if None not in self._slots:
             raise UserError(f"all {self.num_slots} slots of the batch are taken; retire a stream first")
-        slot = self._streams.index(None)
+        slot = self._slots.index(None)
         stream = Stream(self, slot)
         if resume is not None:
             saved = self._saved(resume)
             tensors = saved.tensors_as(self.session.executor.activation, self.session.config)
             self._memory.write(slot, saved.position, tensors)
             stream.restore(saved)
-        self._streams[slot] = stream
+        self._slots[slot] = weakref.ref(stream)
         return stream
 
     def retire(self, stream: Stream) -> None:
         """Free a stream's slot. The stream cannot be used any more."""
         self._memory.retire(self._slot_of(stream))
-        self._streams[stream.slot] = None
+        self._slots[stream.slot] = None
 
     def step(self, tokens: Mapping[Stream, int]) -> dict[Stream, np.ndarray]:
         """Feed one token to each of these streams, in one call; the other streams wait. Returns logits [V] float32."""
@@ -67,6 +73,7 @@ class StreamBatch:
         Returns the logits [V] float32 that follow each stream's last token. Raises `UserError`, before anything is
         computed, for a token outside the vocabulary and for a stream without tokens.
         """
+        self._reclaim()
         checked = {stream: check_tokens(given, self.session.config.vocab_size) for stream, given in tokens.items()}
         for stream, given in checked.items():
             self._slot_of(stream)
@@ -90,10 +97,10 @@ class StreamBatch:
         Free slots may lie between: they run as fresh streams, which their next stream takes no notice of.
         """
         first = last = None
-        for slot, stream in enumerate([*self._streams, None]):
+        for slot in range(self.num_slots + 1):
             if slot in active:
                 first, last = (slot if first is None else first), slot
-            elif first is not None and last is not None and (stream is not None or slot == self.num_slots):
+            elif first is not None and last is not None and (slot == self.num_slots or self._slots[slot] is not None):
                 yield slice(first, last + 1)
                 first = last = None
 
@@ -114,13 +121,24 @@ class StreamBatch:
         """A copy of a stream's state tensors."""
         return self._memory.read(self._slot_of(stream), stream.position)
 
+    def _reclaim(self) -> None:
+        """Free the slots of streams that nobody keeps any more."""
+        for slot, reference in enumerate(self._slots):
+            if reference is not None and reference() is None:
+                self._memory.retire(slot)
+                self._slots[slot] = None
+
+    def _occupant(self, slot: int) -> Stream | None:
+        reference = self._slots[slot]
+        return None if reference is None else reference()
+
     def _stream(self, slot: int) -> Stream:
-        stream = self._streams[slot]
+        stream = self._occupant(slot)
         assert stream is not None, f"Bug: slot {slot} is free"
         return stream
 
     def _slot_of(self, stream: Stream) -> int:
-        if not (0 <= stream.slot < self.num_slots and self._streams[stream.slot] is stream):
+        if not (0 <= stream.slot < self.num_slots and self._occupant(stream.slot) is stream):
             raise StateError("the stream was retired, or belongs to another batch; start or resume one with admit()")
         return stream.slot
 

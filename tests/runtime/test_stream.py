@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -123,6 +125,27 @@ def test_slots_are_reused_and_a_retired_stream_is_refused(session: Session) -> N
             use()
     with pytest.raises(StateError, match="another batch"):
         session.batch(1).step({second: 1})
+
+
+def test_a_stream_that_nobody_keeps_gives_back_slot_and_memory(session: Session) -> None:
+    """At once, without the garbage collector."""
+    gc.disable()
+    try:
+        batch = session.batch(1)
+        stream = batch.admit()
+        stream.prefill([1, 2, 3])
+        assert batch.streams == [stream]
+        del stream
+        assert batch.streams == []
+        fresh = batch.admit()
+        assert session.executor.memories[0].retired == [0]  # type: ignore[attr-defined]
+        np.testing.assert_array_equal(fresh.prefill([4]), fed_alone([4]))
+        memory = weakref.ref(session.executor.memories.pop())  # type: ignore[attr-defined]
+        list(fresh.generate("x", max_new_tokens=3))
+        del fresh, batch
+        assert memory() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("sampling", [SamplingParams.greedy(), SAMPLED])

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megalodon_deploy.engine.loopless import loopless_complex_ema
+from megalodon_deploy.export.operators import DOMAIN
 
 if TYPE_CHECKING:
     import onnx
 
-OPERATOR_DOMAIN = "megalodon"
 _LOOPING = "ComplexEMA"
 
 
@@ -53,7 +53,7 @@ def prepare_graph(model_path: Path, plugin_operators: Iterable[str], chunk_size:
 
 
 def _is_plugin(domain: str, name: str, operators: set[str]) -> bool:
-    return domain == OPERATOR_DOMAIN and name in operators
+    return domain == DOMAIN and name in operators
 
 
 def narrow_float64(model: onnx.ModelProto) -> bool:

@@ -165,7 +165,7 @@ def build(bundle_path: Path, target: str, sm: str | None, no_plugins: bool, as_j
         size, memory = format_bytes(info.engine.size_bytes), format_bytes(info.peak_memory_bytes)
         click.echo(f"{bundle_path / 'engines' / info.id}: {size}, built in {info.build_seconds:.1f} s, peak {memory}")
     if info.norm_update == "float32":
-        click.echo("note: this engine updates norm statistics in float32, which drifts over millions of tokens", err=True)
+        click.echo("note: norms are updated in float32, which drifts over millions of tokens", err=True)
 
 
 @cli.command()

@@ -280,7 +280,9 @@ def _compile(build_dir: Path, ninja: Path, report: Progress) -> None:
 def _failure(what: str, log: Path) -> EngineError:
     """One line: the first error in the log, and where the rest is."""
     lines = log.read_text(errors="replace").splitlines()
-    first = next((line.strip() for line in lines if re.search(r"\berror\b|cannot find", line, re.IGNORECASE)), "no error line")
+    first = next(
+        (line.strip() for line in lines if re.search(r"\berror\b|cannot find", line, re.IGNORECASE)), "no error line"
+    )
     return EngineError(f"plugins: {what} failed: {first}; see {log}")
 
 

@@ -45,6 +45,7 @@ def export_checkpoint(
         progress: called with a stage and the fraction done.
 
     Raises:
+        UserError: an unknown precision or kind of logits, a tokenizer file that is not there.
         CheckpointError: a checkpoint that is incomplete or damaged, or weights beyond the range of fp16.
         BundleError: `out` exists or cannot be written.
         MissingDependencyError: without the packages of the extra `export`.

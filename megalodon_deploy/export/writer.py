@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import get_args
 
 import onnx
 import onnx_ir as ir
@@ -25,7 +26,7 @@ from megalodon_deploy.bundle import (
     TokenizerInfo,
     open_bundle,
 )
-from megalodon_deploy.errors import BundleError
+from megalodon_deploy.errors import BundleError, UserError
 from megalodon_deploy.export.graph import build_model
 from megalodon_deploy.export.operators.schema import register_schemas
 from megalodon_deploy.export.stream import INLINE_BYTES, WeightStream
@@ -52,6 +53,7 @@ class ExportOptions:
 
 def write_bundle(ckpt: Path, out: Path, options: ExportOptions, progress: Progress) -> Bundle:
     """See `export_checkpoint`."""
+    _check_options(options)
     _check_target(out, overwrite=options.overwrite)
     checkpoint = read_checkpoint(ckpt)
     tokenizer = _tokenizer(checkpoint, options.tokenizer)
@@ -66,6 +68,17 @@ def write_bundle(ckpt: Path, out: Path, options: ExportOptions, progress: Progre
         raise BundleError(f"{out}: cannot be written ({error.strerror or error}); nothing was left behind") from error
     progress("done", 1.0)
     return open_bundle(out)
+
+
+def _check_options(options: ExportOptions) -> None:
+    for what, value, known in (
+        ("precision", options.precision, get_args(Precision)),
+        ("logits", options.logits, get_args(LogitsMode)),
+    ):
+        if value not in known:
+            raise UserError(f"{what} {value!r} cannot be exported; there are: {', '.join(known)}")
+    if options.tokenizer is not None and not options.tokenizer.is_file():
+        raise UserError(f"{options.tokenizer} is not a file; expected a tokenizer.json or a SentencePiece model")
 
 
 def _check_target(out: Path, *, overwrite: bool) -> None:

@@ -27,7 +27,7 @@ from export_helpers import (
 from helpers import assert_close, small_config
 
 from megalodon_deploy.bundle import MODEL_FILE, WEIGHTS_FILE, open_bundle
-from megalodon_deploy.errors import BundleError, CheckpointError
+from megalodon_deploy.errors import BundleError, CheckpointError, UserError
 from megalodon_deploy.export import export_checkpoint, load_bundle_model
 from megalodon_deploy.export.precision import write_widened
 from megalodon_deploy.export.weights import folds
@@ -104,6 +104,15 @@ def test_tokenizer_is_copied(tmp_path: Path, file: str, kind: str) -> None:
     assert bundle.manifest.tokenizer.kind == kind
     assert bundle.manifest.tokenizer.file in bundle.manifest.files
     assert (bundle.path / str(bundle.manifest.tokenizer.file)).read_bytes() == b"words"
+
+
+@pytest.mark.parametrize(
+    "options", [{"precision": "fp8"}, {"logits": "none"}, {"tokenizer": "no/such/tokenizer.json"}], ids=str
+)
+def test_mistaken_options_are_named(tmp_path: Path, options: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=next(iter(options.values()))):
+        export_seeded(tmp_path, small_config(), **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
 
 
 def test_progress_rises_to_one(tmp_path: Path) -> None:

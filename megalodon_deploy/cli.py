@@ -17,6 +17,7 @@ import click
 
 from megalodon_deploy import __version__
 from megalodon_deploy.console import format_bytes, print_table, progress_bar
+from megalodon_deploy.cpus import limit_spinning
 from megalodon_deploy.errors import CheckFailedError, UserError
 from megalodon_deploy.files import atomic_file
 
@@ -37,6 +38,7 @@ def cli() -> None:
 def main() -> None:
     """Entry point: turn a user's mistake into one line and exit code 2."""
     warnings.showwarning = _show_warning
+    limit_spinning()
     try:
         cli(standalone_mode=False)
     except CheckFailedError as failure:

@@ -1,4 +1,4 @@
-"""How many processors this process may keep busy."""
+"""How many processors this process may keep busy, and how to share them."""
 
 from __future__ import annotations
 
@@ -21,3 +21,13 @@ def usable_cpus(quota_file: Path = _QUOTA_FILE) -> int:
         return max(1, min(count, math.ceil(int(quota) / int(period))))
     except (OSError, ValueError):  # no cgroup v2, or the quota is "max"
         return count
+
+
+def limit_spinning() -> None:
+    """Let OpenMP threads sleep soon at a barrier; call it before PyTorch is first imported.
+
+    By default GNU's OpenMP spins for milliseconds at each of a training step's thousands of barriers. While other
+    programs use the cores, the spinning keeps the awaited thread from running: on two busy cores a step of the small
+    model took 7 to 13 s and 6 s of processor time, with this 0.9 s and 0.36 s; on quiet cores nothing changes.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -8,6 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megalodon_deploy.cpus import limit_spinning
+
+limit_spinning()  # for tests beside other work, or beside each other
+
 GOLDEN_DIR = Path(__file__).parent / "golden"
 GOLDEN_NAMES = sorted(path.parent.name for path in GOLDEN_DIR.glob("*/expected.npz"))
 

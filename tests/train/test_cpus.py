@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megalodon_deploy.cpus import usable_cpus
+from megalodon_deploy.cpus import limit_spinning, usable_cpus
 
 
 @pytest.fixture
@@ -33,3 +33,12 @@ def test_without_a_quota_file_affinity_decides(tmp_path: Path) -> None:
 
 def test_this_machine_has_at_least_one() -> None:
     assert 1 <= usable_cpus() <= (os.cpu_count() or 1)
+
+
+def test_the_users_choice_of_spinning_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    limit_spinning()
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    limit_spinning()
+    assert 0 < int(os.environ["GOMP_SPINCOUNT"]) < 10_000

@@ -36,4 +36,6 @@ def _read(bundle: Bundle, value: ir.Value | None, spec: InitializerSpec) -> np.n
             "export the checkpoint again"
         )
     values: np.ndarray = tensor.numpy().astype(np.float32)
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()  # its mapping of the file, whose pages would count beside the copy
     return values

@@ -41,4 +41,4 @@ def test_the_users_choice_of_spinning_stays(monkeypatch: pytest.MonkeyPatch) -> 
     assert os.environ["GOMP_SPINCOUNT"] == "7"
     monkeypatch.delenv("GOMP_SPINCOUNT")
     limit_spinning()
-    assert 0 < int(os.environ["GOMP_SPINCOUNT"]) < 10_000
+    assert 0 < int(os.environ["GOMP_SPINCOUNT"]) < 100_000

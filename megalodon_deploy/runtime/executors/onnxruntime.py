@@ -16,6 +16,7 @@ import numpy as np
 
 from megalodon_deploy.errors import BundleError, EngineError, MissingDependencyError
 from megalodon_deploy.runtime.executors.host_memory import KeyValueMemory
+from megalodon_deploy.runtime.executors.huge_pages import huge_pages
 from megalodon_deploy.state import LOGITS, POSITION, TOKENS, StateSpec, concrete_shape, state_specs
 
 if TYPE_CHECKING:
@@ -162,7 +163,8 @@ def _load(bundle: Bundle, threads: int | None) -> Any:
     options.log_severity_level = _QUIET
     options.intra_op_num_threads = threads or 0
     try:
-        return onnxruntime.InferenceSession(str(bundle.model_path), options, providers=["CPUExecutionProvider"])
+        with huge_pages():
+            return onnxruntime.InferenceSession(str(bundle.model_path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its error classes share no other base
         text = " ".join(str(error).split())
         raise BundleError(f"{bundle.model_path}: ONNX Runtime cannot load it ({text}); export it again") from error

@@ -28,7 +28,7 @@ def limit_spinning() -> None:
 
     By default GNU's OpenMP spins for many milliseconds at each of a training step's thousands of barriers. While
     other programs use the cores, the spinning keeps the awaited thread from running: on two busy cores a step of the
-    small model took 2 to 13 s and up to 6 s of processor time, with this count 0.6 s of each. Quiet cores lose 3%; a
-    count of 1000 would cost them 30%.
+    small model took 2 to 13 s and up to 6 s of processor time, with this count 0.4 s of each. Quiet cores lose 9% of
+    their speed in such small steps, nothing in large ones; a count of 1000 would cost 30%.
     """
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")

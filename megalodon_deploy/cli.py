@@ -38,7 +38,6 @@ def cli() -> None:
 def main() -> None:
     """Entry point: turn a user's mistake into one line and exit code 2."""
     warnings.showwarning = _show_warning
-    limit_spinning()
     try:
         cli(standalone_mode=False)
     except CheckFailedError as failure:
@@ -97,6 +96,7 @@ def _echo_json(document: Any) -> None:
 @json_option
 def train(as_json: bool, **options: Any) -> None:
     """Train a byte-level model on text and write its checkpoint."""
+    limit_spinning()
     from megalodon_deploy.train import TrainConfig, byte_model
     from megalodon_deploy.train import train as run_training
 
@@ -176,6 +176,7 @@ def build(bundle_path: Path, target: str, sm: str | None, no_plugins: bool, as_j
 @json_option
 def verify(bundle_path: Path, ckpt: Path | None, as_json: bool) -> None:
     """Compare the bundle with PyTorch, call by call, across chunk edges. Exit code 1 on a miss."""
+    limit_spinning()
     from megalodon_deploy.bundle import open_bundle
     from megalodon_deploy.verify import verify_bundle
 
@@ -228,7 +229,7 @@ def generate(
     from megalodon_deploy.runtime.sampling import SamplingParams
 
     given = {name: value for name, value in sampling.items() if value is not None}
-    if not {"temperature", "top_k", "top_p", "min_p"} & set(given):
+    if not {"temperature", "top_k", "top_p", "min_p", "seed"} & set(given):
         given["temperature"] = 0.0
     params = SamplingParams(**given)
     stream = open_bundle(bundle_path).session(backend, threads=threads).stream(resume=resume)
@@ -281,9 +282,15 @@ def bench(bundle_path: Path, as_json: bool, **options: Any) -> None:
         return
     header = ("backend", "ms/token", "p95", "p99", "of bandwidth limit", "prefill tokens/s", "first token ms", "load s")
     print_table([_bench_row(times) for times in report.times], header=header)
-    limit, weights = report.bandwidth_bytes_per_second, report.weight_bytes_per_token
-    limit_ms = 1000 * weights / limit
-    click.echo(f"{format_bytes(weights)} of weights a token at {limit / 1e9:.1f} GB/s: {limit_ms:.2f} ms is the limit")
+    limit, weights, state = (
+        report.bandwidth_bytes_per_second,
+        report.weight_bytes_per_token,
+        report.state_bytes_per_token,
+    )
+    click.echo(
+        f"a token reads {format_bytes(weights)} of weights and {format_bytes(state)} of state; "
+        f"at {limit / 1e9:.1f} GB/s {1000 * (weights + state) / limit:.2f} ms is the limit"
+    )
     if report.ratio is not None:
         click.echo(f"{report.times[0].backend} is {report.ratio:.2f} times as fast as {report.times[1].backend}")
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
-import os
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 
+from megalodon_deploy.cpus import usable_cpus
 from megalodon_deploy.errors import UserError
 
 _CUDA_DRIVER_NAMES = ("libcuda.so.1", "nvcuda.dll")
@@ -33,7 +33,7 @@ def diagnose() -> list[Finding]:
     """Look at every part, in the order of the path. Never raises for a missing part."""
     return [
         Finding("Python", platform.python_version(), "everything", ""),
-        Finding("CPU", f"{platform.machine()}, {_cpu_count()} cores", "everything", ""),
+        Finding("CPU", f"{platform.machine()}, {usable_cpus()} cores", "everything", ""),
         _package("torch", "export, verify, train", "export"),
         _package("onnx-ir", "export", "export"),
         _package(("onnxruntime", "onnxruntime-gpu"), "generate, verify, bench", "cpu"),
@@ -47,10 +47,6 @@ def diagnose() -> list[Finding]:
         Finding("TensorRT headers", _tensorrt_headers(), "compiling the plugin library", "set TENSORRT_ROOT"),
         Finding("plugin library", _plugin_library(), "build with our plugins", "make plugins"),
     ]
-
-
-def _cpu_count() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _extra(extra: str) -> str:

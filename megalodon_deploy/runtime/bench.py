@@ -1,12 +1,12 @@
 """How fast a bundle streams here, against the speed at which this machine reads memory.
 
-A token of one stream reads every weight once and computes little with it, so memory bandwidth is the limit of decode.
+A token of one stream reads every weight and its state once and computes little with them, so memory bandwidth is the
+limit of decode.
 The limit and all backends are measured in one run, in turns, so that a machine that slows down slows down for all.
 """
 
 from __future__ import annotations
 
-import os
 import platform
 import sys
 import time
@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megalodon_deploy.config import MegalodonConfig
+from megalodon_deploy.cpus import usable_cpus
 from megalodon_deploy.errors import UserError
 from megalodon_deploy.parameters import ParameterSpec, parameter_specs
 from megalodon_deploy.runtime.stats import peak_memory_bytes
+from megalodon_deploy.state import state_bytes
 
 if TYPE_CHECKING:
     from megalodon_deploy.bundle import Bundle, Precision
@@ -64,6 +66,7 @@ class BenchReport:
     bandwidth_bytes_per_second: float  # of memory beyond any cache
     reread_bytes_per_second: float  # of as many bytes as the weights, again and again: a large cache helps
     weight_bytes_per_token: int
+    state_bytes_per_token: int  # key/value rows of the open chunk at the mean position, CEMA and norm states
     peak_memory_bytes: int | None
     times: list[BackendTimes]  # the bundle's backend, then the one to compare with
 
@@ -110,7 +113,7 @@ def bench_bundle(
     report = progress or (lambda stage, fraction: None)
     contestants = [_open(bundle, name, threads) for name in dict.fromkeys([backend, compare or backend])]
     weight_bytes = weight_bytes_per_token(bundle.config, bundle.manifest.precision)
-    reader = _MemoryReader(read_bytes, weight_bytes, threads or _num_cores())
+    reader = _MemoryReader(read_bytes, weight_bytes, threads or usable_cpus())
     tokens = np.random.default_rng(0).integers(0, bundle.config.vocab_size, prompt_tokens + decode_tokens).tolist()
     steps_per_round = -(-decode_tokens // rounds)
     for index in range(rounds):
@@ -120,6 +123,8 @@ def bench_bundle(
             _measure(contestant, tokens[:prompt_tokens], tokens[prompt_tokens:][:steps_per_round])
     report("measuring", 1.0)
     bandwidth = float(np.median(reader.large))
+    positions = prompt_tokens + 1 + np.arange(steps_per_round)
+    state = state_bytes_per_token(bundle.config, bundle.manifest.precision, positions)
     return BenchReport(
         bundle=bundle.manifest.name,
         precision=bundle.manifest.precision,
@@ -132,8 +137,9 @@ def bench_bundle(
         bandwidth_bytes_per_second=bandwidth,
         reread_bytes_per_second=float(np.median(reader.again)),
         weight_bytes_per_token=weight_bytes,
+        state_bytes_per_token=state,
         peak_memory_bytes=peak_memory_bytes(),
-        times=[_times(contestant, prompt_tokens, weight_bytes / bandwidth) for contestant in contestants],
+        times=[_times(contestant, prompt_tokens, (weight_bytes + state) / bandwidth) for contestant in contestants],
     )
 
 
@@ -147,6 +153,12 @@ def weight_bytes_per_token(config: MegalodonConfig, precision: Precision) -> int
     read_whole = [s for s in parameter_specs(config) if config.share_emb or s.name != "embed.weight"]
     row_bytes = 0 if config.share_emb else config.model_dim * _MATRIX_BYTES[precision]
     return sum(map(size, read_whole)) + row_bytes
+
+
+def state_bytes_per_token(config: MegalodonConfig, precision: Precision, positions: np.ndarray) -> int:
+    """Bytes of state that a step reads, mean over steps at these positions."""
+    rows = int((positions % config.chunk_size).mean())
+    return state_bytes(config, activation_bytes=_MATRIX_BYTES[precision], capacity=rows)
 
 
 class _MemoryReader:
@@ -172,11 +184,6 @@ class _MemoryReader:
         start = time.perf_counter()
         list(self._pool.map(np.bitwise_or.reduce, np.array_split(words, self._threads)))
         return words.nbytes / (time.perf_counter() - start)
-
-
-def _num_cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _processor() -> str:

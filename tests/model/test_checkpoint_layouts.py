@@ -13,9 +13,11 @@ import torch
 from checkpoint_cases import State, edit_torch, random_state, write_case
 from helpers import small_config
 
-from megalodon_deploy.model.checkpoint import Checkpoint, TokenizerSource, read_checkpoint
+from megalodon_deploy.errors import CheckpointError
+from megalodon_deploy.model.checkpoint import Checkpoint, TokenizerSource, read_checkpoint, save_checkpoint
 from megalodon_deploy.model.checkpoint.native import write_native
 from megalodon_deploy.model.checkpoint.released_writer import write_released
+from megalodon_deploy.model.megalodon import Megalodon
 from megalodon_deploy.parameters import parameter_specs
 
 if TYPE_CHECKING:
@@ -217,3 +219,11 @@ def test_tokenizer_named_elsewhere_is_not_fetched(tmp_path: Path) -> None:
     document["tokenizer"]["path"] = str(outside)
     (path / "config.json").write_text(json.dumps(document))
     assert read_checkpoint(path).tokenizer is None
+
+
+def test_only_a_checkpoint_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("irreplaceable")
+    with pytest.raises(CheckpointError, match="notes is no checkpoint"):
+        save_checkpoint(Megalodon(small_config()), tmp_path / "notes", overwrite=True)
+    assert (tmp_path / "notes" / "thesis.txt").read_text() == "irreplaceable"

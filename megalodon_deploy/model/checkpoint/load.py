@@ -10,6 +10,7 @@ import torch
 
 from megalodon_deploy.errors import CheckpointError
 from megalodon_deploy.files import atomic_directory
+from megalodon_deploy.model.checkpoint.document import CONFIG_FILE
 from megalodon_deploy.model.checkpoint.native import write_native
 from megalodon_deploy.model.checkpoint.recognise import read_checkpoint
 from megalodon_deploy.model.checkpoint.released_writer import write_released
@@ -47,7 +48,7 @@ def save_checkpoint(
     """Write a checkpoint directory, whole or not at all, with the model's own types.
 
     `shards` splits the released layout over so many model-parallel files. Raises `CheckpointError` when `path` exists
-    and `overwrite` is false, or when the model does not split.
+    and `overwrite` is false or it is no checkpoint, or when the model does not split.
     """
     target = Path(path)
     if layout not in ("native", "released"):
@@ -60,6 +61,8 @@ def save_checkpoint(
         raise CheckpointError(f"{tokenizer.file} does not exist; it is to be saved as the model's tokenizer")
     if target.exists() and not overwrite:
         raise CheckpointError(f"{target} exists already; choose another path or overwrite it")
+    if target.exists() and not (target / CONFIG_FILE).is_file():
+        raise CheckpointError(f"{target} is no checkpoint, so it is not overwritten; choose another path")
     state = model.state_dict()
     with atomic_directory(target, overwrite=overwrite) as directory:
         if layout == "native":

@@ -38,7 +38,7 @@ class Detokenizer(Protocol):
 class Tokenizer(Protocol):
     """What a session needs of a tokenizer."""
 
-    def encode(self, text: str, *, start: bool) -> list[int]:
+    def encode(self, text: str, *, start: bool = True) -> list[int]:
         """Tokens of `text`; `start`: the text begins a stream, so special tokens that open a text are added."""
         ...
 
@@ -69,7 +69,7 @@ def open_tokenizer(bundle: Bundle) -> Tokenizer:
 class BytesTokenizer:
     """A token is a byte of UTF-8 text; higher tokens, if the model has any, stand for no text."""
 
-    def encode(self, text: str, *, start: bool) -> list[int]:
+    def encode(self, text: str, *, start: bool = True) -> list[int]:
         return list(_utf8(text, "surrogateescape"))  # a command line hands invalid bytes on as lone surrogates
 
     def detokenizer(self, context: Sequence[int] = ()) -> Detokenizer:
@@ -92,7 +92,7 @@ class JsonTokenizer:
         self._strips_space = self._piece_bytes is _sentencepiece_bytes and self._decodes_without_leading_space()
         self._bytes_of: dict[int, bytes] = {}
 
-    def encode(self, text: str, *, start: bool) -> list[int]:
+    def encode(self, text: str, *, start: bool = True) -> list[int]:
         _utf8(text)
         return list(self._tokenizer.encode(text, add_special_tokens=start).ids)
 
@@ -131,7 +131,7 @@ class SentencePieceTokenizer:
             raise BundleError(f"{path}: not a readable SentencePiece model ({_one_line(error)})") from error
         self._strips_space = self._model.decode([_SPACE_PIECE + "a"]) == "a"
 
-    def encode(self, text: str, *, start: bool) -> list[int]:
+    def encode(self, text: str, *, start: bool = True) -> list[int]:
         _utf8(text)
         opening = [self._model.bos_id()] if start and self._model.bos_id() >= 0 else []
         return opening + list(self._model.encode(text))

@@ -90,7 +90,7 @@ def test_results_do_not_depend_on_the_order_of_threads(
     set_order(order)
     found = [*kernels.complex_ema("float32", cema), *kernels.timestep_norm("float32", norm)]
     for one, other in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(one, other)
+        np.testing.assert_allclose(one, other, rtol=0, equal_nan=False)
 
 
 @pytest.mark.parametrize("lengths", [[65], [1] * 65, [1, 40, 24], [16, 17, 32]], ids=lambda lengths: str(len(lengths)))
@@ -99,12 +99,12 @@ def test_any_split_gives_the_same(kernels: KernelLibrary, lengths: list[int]) ->
     # One thread walks the tokens of a channel either way, so ComplexEMA has the same bits.
     whole, parts = kernels.complex_ema("float32", cema), run_in_parts(kernels.complex_ema, "float32", cema, lengths)
     for one, other in zip(parts, whole, strict=True):
-        np.testing.assert_array_equal(one, other)
+        np.testing.assert_allclose(one, other, rtol=0, equal_nan=False)
     whole, parts = (
         kernels.timestep_norm("float32", norm),
         run_in_parts(kernels.timestep_norm, "float32", norm, lengths),
     )
-    np.testing.assert_allclose(parts[0], whole[0], rtol=0, atol=2e-6)
+    np.testing.assert_allclose(parts[0], whole[0], rtol=0, atol=2e-6, equal_nan=False)
     assert_norm_state(parts[1], whole[1], 1e-12)
 
 
@@ -154,7 +154,7 @@ def test_no_tokens_copy_the_state(kernels: KernelLibrary) -> None:
     for run, inputs in ((kernels.complex_ema, cema), (kernels.timestep_norm, norm)):
         _, present = run("float32", inputs)
         assert not present[0].any()
-        np.testing.assert_allclose(present[1:], inputs[1][1:], rtol=1e-7, atol=1e-7)
+        np.testing.assert_allclose(present[1:], inputs[1][1:], rtol=1e-7, atol=1e-7, equal_nan=False)
 
 
 def test_no_rows_are_no_work(kernels: KernelLibrary) -> None:

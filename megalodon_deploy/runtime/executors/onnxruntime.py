@@ -156,7 +156,9 @@ def _load(bundle: Bundle, threads: int | None) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise MissingDependencyError("ONNX Runtime is not installed: pip install 'megalodon-deploy[cpu]'") from error
+        raise MissingDependencyError(
+            "ONNX Runtime is not installed: pip install 'megalodon-deploy[cpu]', or [gpu] where CUDA is"
+        ) from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _QUIET
     options.intra_op_num_threads = threads or 0

@@ -39,3 +39,7 @@ class MissingDependencyError(UserError, ImportError):
 
 class CheckFailedError(Exception):
     """A verification that ran and missed its tolerance: exit code 1, not 2."""
+
+
+class InterruptedRunError(Exception):
+    """A run that the user stopped, after it saved its work: exit code 130."""

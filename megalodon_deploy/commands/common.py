@@ -1,0 +1,20 @@
+"""Options and output that the verbs share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+EXISTING = click.Path(exists=True, path_type=Path)
+OUTPUT = click.Path(path_type=Path)
+BACKEND = click.Choice(["onnxruntime", "torch"])
+json_option = click.option("--json", "as_json", is_flag=True, help="Print machine-readable results on stdout.")
+bundle_argument = click.argument("bundle_path", metavar="BUNDLE", type=EXISTING)
+
+
+def echo_json(document: Any) -> None:
+    """Print `document` as JSON on stdout."""
+    click.echo(json.dumps(document, indent=2))

@@ -1,0 +1,35 @@
+"""`megalodon-deploy export`: checkpoint in, bundle out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from megalodon_deploy.commands.common import EXISTING, OUTPUT, echo_json, json_option
+from megalodon_deploy.console import format_bytes, progress_bar
+
+
+@click.command()
+@click.option("--ckpt", required=True, type=EXISTING, help="Checkpoint: a directory or a file, any supported layout.")
+@click.option("--out", required=True, type=OUTPUT, help="Bundle directory to write.")
+@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
+@click.option("--logits", type=click.Choice(["last", "all"]), default="last", show_default=True, help="Positions.")
+@click.option("--name", help="Name of the model in the bundle; default: the directory's.")
+@click.option("--tokenizer", type=EXISTING, help="tokenizer.json or SentencePiece model; default: the checkpoint's.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
+@json_option
+def export(ckpt: Path, out: Path, as_json: bool, **options: Any) -> None:
+    """Write a checkpoint as a bundle: an ONNX graph, its weights and a manifest."""
+    from megalodon_deploy.export import export_checkpoint
+    from megalodon_deploy.inspection import inspect_bundle
+
+    with progress_bar("export") as progress:
+        bundle = export_checkpoint(ckpt, out, progress=progress, **options)
+    report = inspect_bundle(bundle)
+    if as_json:
+        echo_json(report)
+    else:
+        weights = format_bytes(report["weights_bytes"])
+        click.echo(f"{out}: {report['num_parameters']:,} parameters, {weights} of weights, {report['precision']}")

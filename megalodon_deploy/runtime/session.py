@@ -13,8 +13,8 @@ from megalodon_deploy.runtime.batch import StreamBatch
 from megalodon_deploy.runtime.executors.base import Executor
 from megalodon_deploy.runtime.saved_stream import SavedStream
 from megalodon_deploy.runtime.stream import Stream
-from megalodon_deploy.runtime.tokenizers import Tokenizer, open_tokenizer
 from megalodon_deploy.state import state_bytes
+from megalodon_deploy.tokenizers import Tokenizer, open_tokenizer
 
 if TYPE_CHECKING:
     from megalodon_deploy.bundle import Bundle

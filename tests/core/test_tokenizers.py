@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalodon_deploy.errors import BundleError, UserError
-from megalodon_deploy.runtime.tokenizers import (
+from megalodon_deploy.tokenizers import (
     BytesTokenizer,
     JsonTokenizer,
     SentencePieceTokenizer,
@@ -118,6 +118,11 @@ MAKERS: dict[str, Callable[[Path], Tokenizer]] = {
 @pytest.fixture(scope="module", params=list(MAKERS))
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return MAKERS[request.param](tmp_path_factory.mktemp("tokenizer") / "tokenizer.file")
+
+
+def test_the_number_of_tokens_covers_every_token(tokenizer: Tokenizer) -> None:
+    tokens = tokenizer.encode("x" * 5 + "\u00e9\U0001f600")
+    assert max(tokens) < tokenizer.num_tokens <= 2000
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -36,7 +36,12 @@ class Detokenizer(Protocol):
 
 
 class Tokenizer(Protocol):
-    """What a session needs of a tokenizer."""
+    """What a session or a training run needs of a tokenizer."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens are below this number: what a model's vocabulary must hold."""
+        ...
 
     def encode(self, text: str, *, start: bool = True) -> list[int]:
         """Tokens of `text`; `start`: the text begins a stream, so special tokens that open a text are added."""
@@ -63,11 +68,18 @@ def open_tokenizer(bundle: Bundle) -> Tokenizer:
     path = bundle.path / info.file
     if not path.is_file():
         raise BundleError(f"{path} is missing; export or copy the bundle again")
-    return SentencePieceTokenizer(path) if info.kind == "sentencepiece" else JsonTokenizer(path)
+    return read_tokenizer(path, sentencepiece=info.kind == "sentencepiece")
+
+
+def read_tokenizer(path: Path, *, sentencepiece: bool) -> Tokenizer:
+    """A tokenizer from its file; raises as `open_tokenizer`."""
+    return SentencePieceTokenizer(path) if sentencepiece else JsonTokenizer(path)
 
 
 class BytesTokenizer:
     """A token is a byte of UTF-8 text; higher tokens, if the model has any, stand for no text."""
+
+    num_tokens = 256
 
     def encode(self, text: str, *, start: bool = True) -> list[int]:
         return list(_utf8(text, "surrogateescape"))  # a command line hands invalid bytes on as lone surrogates
@@ -91,6 +103,10 @@ class JsonTokenizer:
         self._piece_bytes = _byte_rule(description["decoder"])
         self._strips_space = self._piece_bytes is _sentencepiece_bytes and self._decodes_without_leading_space()
         self._bytes_of: dict[int, bytes] = {}
+
+    @property
+    def num_tokens(self) -> int:
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str, *, start: bool = True) -> list[int]:
         _utf8(text)
@@ -130,6 +146,10 @@ class SentencePieceTokenizer:
         except (RuntimeError, OSError) as error:
             raise BundleError(f"{path}: not a readable SentencePiece model ({_one_line(error)})") from error
         self._strips_space = self._model.decode([_SPACE_PIECE + "a"]) == "a"
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self._model.get_piece_size())
 
     def encode(self, text: str, *, start: bool = True) -> list[int]:
         _utf8(text)

@@ -8,12 +8,13 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 SOURCES := megalodon_deploy tests examples benchmarks plugins
 
-.PHONY: demo test lint types plugins package clean help
+.PHONY: demo test lint types plugins sanitize package clean help
 
 help:
 	@echo "make demo     train, export, verify, build and stream a small model (about 6 minutes after set-up)"
 	@echo "make test     lint, types, C++ build, all tests"
 	@echo "make plugins  the CUDA library for TensorRT and the C ABI, in build/plugins"
+	@echo "make sanitize the emulated kernels and the plugins under AddressSanitizer and UBSan (part of make test)"
 	@echo "make package  wheel and source distribution, in dist"
 
 demo: $(INSTALLED) plugins
@@ -32,6 +33,9 @@ types: $(INSTALLED)
 
 plugins: $(INSTALLED)
 	$(BIN)/python -m megalodon_deploy.engine.toolchain build-plugins
+
+sanitize: $(INSTALLED)
+	$(BIN)/pytest tests/plugins/test_sanitizers.py
 
 package: $(INSTALLED)
 	$(BIN)/python -m build

@@ -201,12 +201,23 @@ def build_plugins(
     return folder / LIBRARY_FILE
 
 
-def build_emulated(build_dir: Path, *, source_dir: Path | None = None, progress: Progress | None = None) -> Path:
+def build_emulated(
+    build_dir: Path,
+    *,
+    source_dir: Path | None = None,
+    sanitize: bool = False,
+    cross: Path | None = None,
+    progress: Progress | None = None,
+) -> Path:
     """Compile the kernels for the CPU, for tests; needs no CUDA. Returns the path of the library.
 
-    The TensorRT plugins are in it only where TensorRT's and CUDA's headers are found. Warnings are errors.
+    The TensorRT plugins are in it only where TensorRT's and CUDA's headers are found. Warnings are errors. `sanitize`
+    adds AddressSanitizer and UndefinedBehaviorSanitizer; `cross` is a CMake toolchain file for another machine.
     """
     arguments = ["-DMEGALODON_EMULATE=ON", "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON"]
+    arguments += [f"-DMEGALODON_SANITIZE={'ON' if sanitize else 'OFF'}"]
+    if cross is not None:
+        arguments += [f"-DCMAKE_TOOLCHAIN_FILE={cross}"]
     try:
         arguments += [f"-DMEGALODON_TENSORRT_INCLUDE={find_tensorrt_headers()}"]
         arguments += [f"-DMEGALODON_CUDA_INCLUDE={find_cuda().root / 'include'}"]

@@ -56,8 +56,8 @@ std::vector<PluginTensorDesc> largest(const nvinfer1::DynamicPluginTensorDesc* t
 
 }  // namespace
 
-void log_error(const char* plugin, const std::string& message) noexcept {
-    std::fprintf(stderr, "[megalodon] %s: %s\n", plugin, message.c_str());
+void log_error(const char* plugin, const char* message) noexcept {
+    std::fprintf(stderr, "[megalodon] %s: %s\n", plugin, message);
 }
 
 int dtype_of(DataType type) noexcept {

@@ -22,7 +22,7 @@ struct InputSpec {
 
 /// Writes one line about a plugin to the standard error stream. TensorRT's own logger cannot be reached without linking
 /// TensorRT: the interface that hands it over differs between versions 10 and 11.
-void log_error(const char* plugin, const std::string& message) noexcept;
+void log_error(const char* plugin, const char* message) noexcept;
 
 /// The C interface's number for an activation type, -1 for any other type.
 int dtype_of(nvinfer1::DataType type) noexcept;
@@ -75,6 +75,17 @@ class OperatorPlugin : public nvinfer1::IPluginV3,
     const nvinfer1::PluginFieldCollection* getFieldsToSerialize() noexcept override;
 
  protected:
+    /// A copy of `plugin`, nullptr where memory runs out: what clone() is in every operator.
+    template <typename Plugin>
+    static nvinfer1::IPluginV3* copy_of(const Plugin& plugin) noexcept {
+        try {
+            return new Plugin(plugin);
+        } catch (...) {
+            log_error(plugin.getPluginName(), "cannot be copied: no memory");
+            return nullptr;
+        }
+    }
+
     /// Bytes of scratch memory for a call of these sizes.
     virtual size_t workspace_bytes(const Sizes&) const { return 0; }
 

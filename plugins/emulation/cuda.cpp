@@ -2,6 +2,11 @@
 
 #include <ucontext.h>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
 #include <algorithm>
 #include <memory>
 #include <mutex>
@@ -25,6 +30,7 @@ enum class Wait { kNothing, kBarrier, kExchange, kDone };
 struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack = std::make_unique<char[]>(kStackBytes);
+    void* sanitizer_state = nullptr;
     Wait wait = Wait::kNothing;
     unsigned mask = 0;
     int source_lane = 0;
@@ -42,6 +48,9 @@ struct Machine {
     int num_threads = 0;
     int current = 0;
     ucontext_t scheduler;
+    const void* scheduler_stack = nullptr;  // known to AddressSanitizer's builds alone, like its size
+    size_t scheduler_stack_bytes = 0;
+    void* sanitizer_state = nullptr;
     const std::function<void()>* thread = nullptr;
     std::vector<SharedMemory> shared;
     int64_t order = 0;
@@ -50,18 +59,47 @@ struct Machine {
 
 Machine machine;
 
+// AddressSanitizer must be told of every change of stack: before it, and after it on the other side.
+#ifdef __SANITIZE_ADDRESS__
+void leave_stack(void** state, const void* to_stack, size_t to_bytes) {
+    __sanitizer_start_switch_fiber(state, to_stack, to_bytes);
+}
+void enter_stack(void* state, const void** from_stack = nullptr, size_t* from_bytes = nullptr) {
+    __sanitizer_finish_switch_fiber(state, from_stack, from_bytes);
+}
+/// A fiber that a failed block left behind has not taken its marks off the stack.
+void clean_stack(Fiber& fiber) {
+    __asan_unpoison_memory_region(fiber.stack.get(), kStackBytes);
+}
+#else
+void leave_stack(void**, const void*, size_t) {}
+void enter_stack(void*, const void** = nullptr, size_t* = nullptr) {}
+void clean_stack(Fiber&) {}
+#endif
+
 void yield_until(Wait wait) {
     Fiber& fiber = machine.fibers[machine.current];
     fiber.wait = wait;
+    void** state = wait == Wait::kDone ? nullptr : &fiber.sanitizer_state;  // none: the fiber does not come back
+    leave_stack(state, machine.scheduler_stack, machine.scheduler_stack_bytes);
     swapcontext(&fiber.context, &machine.scheduler);
+    enter_stack(fiber.sanitizer_state);
+}
+
+void resume(Fiber& fiber) {
+    leave_stack(&machine.sanitizer_state, fiber.stack.get(), kStackBytes);
+    swapcontext(&machine.scheduler, &fiber.context);
+    enter_stack(machine.sanitizer_state);
 }
 
 void fiber_main() {
+    enter_stack(nullptr, &machine.scheduler_stack, &machine.scheduler_stack_bytes);
     (*machine.thread)();
     yield_until(Wait::kDone);
 }
 
 void prepare_fiber(Fiber& fiber) {
+    clean_stack(fiber);
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStackBytes;
@@ -86,7 +124,7 @@ bool run_ready_threads() {
         if (machine.fibers[thread].wait != Wait::kNothing) continue;
         machine.current = static_cast<int>(thread);
         thread_index.x = static_cast<unsigned>(thread);
-        swapcontext(&machine.scheduler, &machine.fibers[thread].context);
+        resume(machine.fibers[thread]);
         has_run = true;
     }
     return has_run;

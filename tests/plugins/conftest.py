@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from megalodon_deploy.engine.library import repository_root
 from megalodon_deploy.engine.toolchain import build_emulated, build_plugins
 from megalodon_deploy.errors import MissingDependencyError
+
+EMULATED_VARIABLE = "MEGALODON_EMULATED_LIBRARY"  # a sanitized or a mutated library
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +23,9 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def emulated_path(repository: Path) -> Path:
-    """libmegalodon_emulated.so: the kernels compiled for the CPU."""
+    """libmegalodon_emulated.so: the kernels compiled for the CPU, or the copy that the environment names."""
+    if chosen := os.environ.get(EMULATED_VARIABLE):
+        return Path(chosen)
     return build_emulated(repository / "build" / "emulated")
 
 

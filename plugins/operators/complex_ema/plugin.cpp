@@ -1,5 +1,3 @@
-#include <new>
-
 #include "common/plugin.h"
 #include "megalodon/megalodon.h"
 #include "megalodon/state_layout.h"
@@ -28,7 +26,7 @@ class ComplexEmaPlugin final : public OperatorPlugin {
  public:
     ComplexEmaPlugin() : OperatorPlugin(kComplexEma, input_specs()) {}
 
-    nvinfer1::IPluginV3* clone() noexcept override { return new (std::nothrow) ComplexEmaPlugin(*this); }
+    nvinfer1::IPluginV3* clone() noexcept override { return copy_of(*this); }
 
  protected:
     int run(int dtype, const Sizes& sizes, const void* const* inputs, void* const* outputs, void*,

@@ -1,5 +1,4 @@
 #include <cmath>
-#include <new>
 #include <stdexcept>
 
 #include "common/plugin.h"
@@ -28,7 +27,7 @@ class TimestepNormPlugin final : public OperatorPlugin {
  public:
     explicit TimestepNormPlugin(float epsilon) : OperatorPlugin(kTimestepNorm, input_specs()), epsilon_(epsilon) {}
 
-    nvinfer1::IPluginV3* clone() noexcept override { return new (std::nothrow) TimestepNormPlugin(*this); }
+    nvinfer1::IPluginV3* clone() noexcept override { return copy_of(*this); }
 
  protected:
     size_t workspace_bytes(const Sizes& sizes) const override {

@@ -1,0 +1,92 @@
+"""The emulated kernels and the plugins under AddressSanitizer and UndefinedBehaviorSanitizer.
+
+The checks are those of the other test files, in a process that has the sanitizers and gives the kernels tensors without
+margins, so that the first byte outside a tensor is an error.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megalodon_deploy.engine.toolchain import build_emulated
+
+CHECKS = sorted(Path(__file__).parent.glob("test_emulated_*.py"))
+LONGEST_SECONDS = 600
+
+
+@pytest.fixture(scope="session")
+def sanitized_path(repository: Path) -> Path:
+    return build_emulated(repository / "build" / "sanitized", sanitize=True)
+
+
+@pytest.fixture(scope="session")
+def environment(sanitized_path: Path) -> dict[str, str]:
+    """For a Python process that loads the sanitized library: the sanitizers come before everything else."""
+    names = ("libasan.so", "libubsan.so")
+    found = [
+        subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in names
+    ]
+    if found == list(names):
+        pytest.skip("the C++ compiler has no sanitizer libraries")
+    options = {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0", "MEGALODON_TEST_MARGIN": "0"}
+    return os.environ | options | {"MEGALODON_EMULATED_LIBRARY": str(sanitized_path), "PYTHONMALLOC": "malloc"}
+
+
+def test_programs(sanitized_path: Path) -> None:
+    """With leaks, which Python has of its own."""
+    folder = sanitized_path.parent
+    if not (folder / "plugin_test").is_file():
+        pytest.skip("GoogleTest or the headers of TensorRT are missing: apt-get install libgtest-dev; make plugins")
+    for command in ([folder / "emulation_check"], [folder / "plugin_test", sanitized_path]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+
+
+@pytest.mark.parametrize("checks", CHECKS, ids=lambda path: path.stem)
+def test_kernels(environment: dict[str, str], checks: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", checks]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=LONGEST_SECONDS
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+
+
+CALL = """
+import ctypes, os
+import numpy as np
+library = ctypes.CDLL(os.environ["MEGALODON_EMULATED_LIBRARY"])
+D = 1000
+sizes = {"x": D, "past": 2 * D, "position": 2, "p": D, "q": 2 * D, "gamma": 2 * D, "omega": D, "y": D, "present": 2 * D}
+memory = {name: np.zeros(size, np.float32) for name, size in sizes.items()}
+pointers = {name: array.ctypes.data for name, array in memory.items()}
+CHANGE
+arguments = [ctypes.c_void_p(pointers[name]) for name in sizes]
+status = library.mgd_complex_ema(0, *map(ctypes.c_int64, (1, 1, D, 1)), *arguments, None)
+print("status", status)
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ("", None),
+        ("short = np.zeros(D - 1, np.float32); pointers['x'] = short.ctypes.data", "heap-buffer-overflow"),
+        ("short = np.zeros(D - 1, np.float32); pointers['y'] = short.ctypes.data", "heap-buffer-overflow"),
+        ("pointers['omega'] += 2; memory['omega'] = np.zeros(D + 1, np.float32)", "misaligned address"),
+    ],
+    ids=["right", "short input", "short output", "misaligned"],
+)
+def test_the_sanitizers_are_awake(environment: dict[str, str], change: str, complaint: str | None) -> None:
+    command = [sys.executable, "-c", CALL.replace("CHANGE", change)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if complaint is None:
+        assert done.stdout == "status 0\n", done.stderr
+    else:
+        assert done.returncode != 0
+        assert complaint in done.stderr

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megalodon_deploy.errors import StateError, UserError
+from megalodon_deploy.runtime.sampling import SamplingParams
 from megalodon_deploy.runtime.saved_stream import SavedStream, check_fingerprint, read_saved_stream
 from megalodon_deploy.runtime.stream import Stream, check_tokens
 
@@ -45,10 +46,7 @@ class StreamBatch:
     def admit(self, *, resume: str | Path | SavedStream | None = None) -> Stream:
         """Start or resume a stream in a free slot. Raises `UserError` when there is none, `StateError` for a saved
         stream of another bundle."""
-        self._reclaim()
-        if None not in self._slots:
-            raise UserError(f"all {self.num_slots} slots of the batch are taken; retire a stream first")
-        slot = self._slots.index(None)
+        slot = self._free_slot()
         stream = Stream(self, slot)
         if resume is not None:
             saved = self._saved(resume)
@@ -57,6 +55,19 @@ class StreamBatch:
             stream.restore(saved)
         self._slots[slot] = weakref.ref(stream)
         return stream
+
+    def take_over(self, stream: Stream) -> None:
+        """Move a stream of another batch of this session to a free slot of this one; it leaves nothing behind."""
+        slot, source = self._free_slot(), stream.batch
+        self._memory.copy(slot, source._memory, source._slot_of(stream), stream.position)
+        source.retire(stream)
+        self._slots[slot] = weakref.ref(stream)
+        stream.moved(self, slot)
+
+    @property
+    def num_free(self) -> int:
+        self._reclaim()
+        return self._slots.count(None)
 
     def retire(self, stream: Stream) -> None:
         """Free a stream's slot. The stream cannot be used any more."""
@@ -73,6 +84,11 @@ class StreamBatch:
         Returns the logits [V] float32 that follow each stream's last token. Raises `UserError`, before anything is
         computed, for a token outside the vocabulary and for a stream without tokens.
         """
+        self.consume(tokens)
+        return {stream: stream.last_logits for stream in tokens}
+
+    def consume(self, tokens: Mapping[Stream, Sequence[int]]) -> None:
+        """`feed`, but the logits stay where they are computed, for `choose`."""
         self._reclaim()
         checked = {stream: check_tokens(given, self.session.config.vocab_size) for stream, given in tokens.items()}
         for stream, given in checked.items():
@@ -82,20 +98,41 @@ class StreamBatch:
         waiting = {stream.slot: stream.take(given) for stream, given in checked.items()}
         while waiting := {slot: rest for slot, rest in waiting.items() if len(rest)}:
             length = min(min(len(rest), self._rows_left(slot)) for slot, rest in waiting.items())
-            for rows in self._ranges(set(waiting)):
+            for rows in self._ranges(set(waiting), length):
                 self._call(rows, length, waiting)
             waiting = {slot: rest[length:] for slot, rest in waiting.items()}
-        return {stream: stream.last_logits for stream in tokens}
+
+    def choose(self, sampling: Mapping[Stream, SamplingParams]) -> dict[Stream, int]:
+        """The next token of each of these streams, pending from then on; broken streams are left out."""
+        choices = {stream: stream.choice(params) for stream, params in sampling.items()}
+        in_memory = {self._slot_of(s): choice for s, choice in choices.items() if s.resumed_logits is None}
+        tokens = self._memory.choose(in_memory)
+        chosen = {}
+        for stream, choice in choices.items():
+            logits_V = stream.resumed_logits
+            token = tokens.get(stream.slot) if logits_V is None else choice.of(logits_V)
+            if token is not None:
+                stream.chosen(token)
+                chosen[stream] = token
+        return chosen
+
+    def logits(self, stream: Stream) -> np.ndarray:
+        """A copy of the logits [V] float32 that follow a stream's last token, computed in this batch."""
+        return self._memory.logits(self._slot_of(stream))
 
     def _rows_left(self, slot: int) -> int:
         chunk_size = self.session.config.chunk_size
         return chunk_size - self._stream(slot).position % chunk_size
 
-    def _ranges(self, active: set[int]) -> Iterator[slice]:
+    def _ranges(self, active: set[int], length: int) -> Iterator[slice]:
         """The fewest contiguous ranges that hold every active slot and no stream that waits.
 
         Free slots may lie between: they run as fresh streams, which their next stream takes no notice of.
         """
+        taken = {slot for slot, reference in enumerate(self._slots) if reference is not None}
+        if length == 1 and self._memory.prefers_whole_steps and taken <= active:
+            yield slice(0, self.num_slots)
+            return
         first = last = None
         for slot in range(self.num_slots + 1):
             if slot in active:
@@ -112,14 +149,20 @@ class StreamBatch:
             if slot in waiting:
                 tokens_BT[row] = waiting[slot][:length]
                 position_B[row] = self._stream(slot).position
-        logits_BKV = self._memory.run(rows, tokens_BT, position_B)
-        for row, slot in enumerate(slots):
+        self._memory.run(rows, tokens_BT, position_B)
+        for slot in slots:
             if slot in waiting:
-                self._stream(slot).consumed(length, logits_BKV[row, -1])
+                self._stream(slot).consumed(length)
 
     def snapshot_tensors(self, stream: Stream) -> dict[str, np.ndarray]:
         """A copy of a stream's state tensors."""
         return self._memory.read(self._slot_of(stream), stream.position)
+
+    def _free_slot(self) -> int:
+        self._reclaim()
+        if None not in self._slots:
+            raise UserError(f"all {self.num_slots} slots of the batch are taken; retire a stream first")
+        return self._slots.index(None)
 
     def _reclaim(self) -> None:
         """Free the slots of streams that nobody keeps any more."""

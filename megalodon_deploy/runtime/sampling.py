@@ -72,6 +72,22 @@ class Generator:
         return cls(secrets.randbits(64))
 
 
+@dataclass(frozen=True)
+class Choice:
+    """All that a choice depends on besides the logits."""
+
+    params: SamplingParams
+    recent: Sequence[int]  # the stream's last tokens, newest last
+    generator: Generator  # advanced by one draw, unless the temperature is 0
+
+    def of(self, logits_V: np.ndarray) -> int | None:
+        """The next token, None when the largest logit is NaN or infinite."""
+        try:
+            return choose_token(logits_V, self.params, self.recent, self.generator)
+        except StateError:
+            return None
+
+
 def choose_token(logits_V: np.ndarray, params: SamplingParams, recent: Sequence[int], generator: Generator) -> int:
     """The next token. `recent`: the stream's last tokens, newest last. Raises `StateError` when a logit is NaN or
     infinite upwards, or all are -inf."""

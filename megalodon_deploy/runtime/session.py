@@ -12,6 +12,7 @@ from megalodon_deploy.errors import EngineError, UserError
 from megalodon_deploy.runtime.batch import StreamBatch
 from megalodon_deploy.runtime.executors.base import Executor
 from megalodon_deploy.runtime.saved_stream import SavedStream
+from megalodon_deploy.runtime.scheduler import Scheduler
 from megalodon_deploy.runtime.stream import Stream
 from megalodon_deploy.state import state_bytes
 from megalodon_deploy.tokenizers import Tokenizer, open_tokenizer
@@ -95,3 +96,10 @@ class Session:
         if num_slots < 1:
             raise UserError(f"num_slots = {num_slots} is not a positive integer")
         return StreamBatch(self, num_slots)
+
+    def serve(self, *, max_streams: int = 8, prefill_tokens: int = 256) -> Scheduler:
+        """A scheduler for many generations: `max_streams` generate together, prompts are consumed in pieces between.
+
+        Raises `UserError` when a number is not positive, and what `batch` raises.
+        """
+        return Scheduler(self, max_streams=max_streams, prefill_tokens=prefill_tokens)

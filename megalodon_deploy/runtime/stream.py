@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megalodon_deploy.errors import UserError
-from megalodon_deploy.runtime.sampling import HISTORY_TOKENS, Generator, SamplingParams, choose_token
+from megalodon_deploy.errors import StateError, UserError
+from megalodon_deploy.runtime.generation import GeneratedToken, Generation
+from megalodon_deploy.runtime.sampling import HISTORY_TOKENS, Choice, Generator, SamplingParams
 from megalodon_deploy.runtime.saved_stream import SavedStream
 from megalodon_deploy.runtime.stats import StreamStats
-from megalodon_deploy.runtime.stop_strings import StopStrings
 from megalodon_deploy.state import zero_state
 
 if TYPE_CHECKING:
     from megalodon_deploy.runtime.batch import StreamBatch
-
-Finish = Literal["length", "stop_token", "stop_string"]
-
-
-@dataclass(frozen=True)
-class GeneratedToken:
-    """One generated token, and the text that it completes."""
-
-    token: int
-    text: str  # whole characters only; "" while one is unfinished or may begin a stop string
-    finish: Finish | None = None  # why generation ends with this token
 
 
 class Stream:
@@ -44,7 +32,7 @@ class Stream:
         self.stats = StreamStats(state_bytes=self._session.state_bytes)
         self._recent: list[int] = []  # the last tokens, oldest first; HISTORY_TOKENS of them at least
         self._pending: tuple[int, ...] = ()  # a generated token that is not consumed yet; it is the last of `_recent`
-        self._logits_V: np.ndarray | None = None  # of the last consumed token
+        self._resumed_logits_V: np.ndarray | None = None  # of the last consumed token, when no call has computed them
         self._generator: Generator | None = None
 
     def prefill(self, tokens: Sequence[int]) -> np.ndarray:
@@ -79,13 +67,15 @@ class Stream:
         token or stop string. The token that was generated last is consumed by the next call on the stream.
         Raises `UserError` for a value that makes no sense, and for a fresh stream without a prompt.
         """
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise UserError(f"max_new_tokens = {max_new_tokens} is not a positive integer")
-        tokens = self._prompt_tokens(prompt)
-        stops = StopStrings(stop_strings)
         default_stops = self._session.bundle.manifest.tokenizer.stop_tokens
-        ends = frozenset(default_stops if stop_tokens is None else stop_tokens)
-        return self._generate(tokens, max_new_tokens, sampling or SamplingParams.greedy(), ends, stops)
+        generation = Generation(
+            self._session.tokenizer,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop_tokens=default_stops if stop_tokens is None else stop_tokens,
+            stop_strings=stop_strings,
+        )
+        return self._generate(self.prompt_tokens(prompt), generation)
 
     def snapshot(self) -> SavedStream:
         """The stream's whole state, copied; `resume` takes it as it takes a file."""
@@ -97,9 +87,9 @@ class Stream:
             fingerprint=self._session.bundle.manifest.fingerprint,
             position=self.position,
             tensors=tensors,
-            recent=tuple(self._recent[-HISTORY_TOKENS:]),
+            recent=tuple(self.history),
             pending=self._pending,
-            logits=None if self._pending or self._logits_V is None else self._logits_V.copy(),
+            logits=None if self._pending or not self.position else self.last_logits.copy(),
             generator=None if self._generator is None else replace(self._generator),
         )
 
@@ -119,9 +109,9 @@ class Stream:
         taken, self._pending = np.array([*self._pending, *tokens], np.int64), ()
         return taken
 
-    def consumed(self, num_tokens: int, logits_V: np.ndarray) -> None:
+    def consumed(self, num_tokens: int) -> None:
         self.position += num_tokens
-        self._logits_V = logits_V.copy()
+        self._resumed_logits_V = None
 
     @property
     def has_pending(self) -> bool:
@@ -130,38 +120,63 @@ class Stream:
     @property
     def last_logits(self) -> np.ndarray:
         """Logits [V] float32 that follow the last consumed token. Raises `UserError` on a fresh stream."""
-        if self._logits_V is None:
+        if self._resumed_logits_V is not None:
+            return self._resumed_logits_V
+        if not self.position:
             raise UserError("a fresh stream has nothing to go on from; give a prompt of at least one token")
-        return self._logits_V
+        return self._batch.logits(self)
+
+    @property
+    def resumed_logits(self) -> np.ndarray | None:
+        """The logits of a resumed stream until its first call: they are not in the batch's memory."""
+        return self._resumed_logits_V
+
+    def choice(self, sampling: SamplingParams) -> Choice:
+        return Choice(sampling, self._recent, self._generator_for(sampling))
+
+    def chosen(self, token: int) -> None:
+        """Take the token that follows; it is pending until it is consumed."""
+        self._note([token])
+        self._pending = (token,)
+
+    @property
+    def batch(self) -> StreamBatch:
+        return self._batch
+
+    def moved(self, batch: StreamBatch, slot: int) -> None:
+        self._batch, self.slot = batch, slot
 
     def restore(self, saved: SavedStream) -> None:
         self.position, self._recent, self._pending = saved.position, list(saved.recent), saved.pending
-        self._logits_V = None if saved.logits is None else saved.logits.copy()
+        self._resumed_logits_V = None if saved.logits is None else saved.logits.copy()
         self._generator = None if saved.generator is None else replace(saved.generator)
+
+    def prompt_tokens(self, prompt: str | Sequence[int]) -> list[int]:
+        """A prompt's tokens. Raises `UserError` when one is outside the vocabulary, or a fresh stream gets none."""
+        is_fresh = not self._recent
+        if isinstance(prompt, str):
+            prompt = self._session.tokenizer.encode(prompt, start=is_fresh)
+        tokens = check_tokens(prompt, self._session.config.vocab_size)
+        if is_fresh and not tokens:
+            raise UserError("a fresh stream has nothing to go on from; give a prompt of at least one token")
+        return tokens
+
+    @property
+    def history(self) -> list[int]:
+        """The last tokens, consumed or pending, oldest first."""
+        return self._recent[-HISTORY_TOKENS:]
 
     # What follows is for `generate`.
 
-    def _generate(
-        self,
-        tokens: Sequence[int],
-        max_new_tokens: int | None,
-        sampling: SamplingParams,
-        stop_tokens: frozenset[int],
-        stops: StopStrings,
-    ) -> Iterator[GeneratedToken]:
+    def _generate(self, tokens: Sequence[int], generation: Generation) -> Iterator[GeneratedToken]:
         if tokens:
             self.prefill(tokens)
-        detokenizer = self._session.tokenizer.detokenizer(self._recent[-HISTORY_TOKENS:])
-        for count in itertools.count(1):
+        generation.begin(self.history)
+        while True:
             start, is_step = time.perf_counter(), self.has_pending
-            token = self._choose(sampling)
-            if token in stop_tokens:
-                item = GeneratedToken(token, stops.flush(), "stop_token")
-            else:
-                text, is_stopped = stops.push(detokenizer.push(token))
-                item = GeneratedToken(token, text, "stop_string" if is_stopped else None)
-            if count == max_new_tokens and item.finish is None:
-                item = GeneratedToken(token, item.text + stops.flush(), "length")
+            if is_step:
+                self._batch.consume({self: ()})
+            item = generation.push(self._choose(generation.sampling))
             if is_step:  # the first token comes from the prompt's logits
                 self.stats.decode_tokens += 1
                 self.stats.decode_seconds += time.perf_counter() - start
@@ -170,13 +185,10 @@ class Stream:
                 return
 
     def _choose(self, sampling: SamplingParams) -> int:
-        """Consume the pending token, if there is one, and choose the next, which is pending then."""
-        if self.has_pending:
-            self._batch.feed({self: ()})
-        token = choose_token(self.last_logits, sampling, self._recent, self._generator_for(sampling))
-        self._note([token])
-        self._pending = (token,)
-        return token
+        chosen = self._batch.choose({self: sampling})
+        if self not in chosen:
+            raise StateError("the stream is broken: its logits are not finite; start or resume another stream")
+        return chosen[self]
 
     def _generator_for(self, sampling: SamplingParams) -> Generator:
         """The stream's own generator goes on, also over `save` and `fork`; another seed starts another one."""
@@ -185,15 +197,6 @@ class Stream:
         if self._generator is None or sampling.seed not in (None, self._generator.seed):
             self._generator = Generator.from_system() if sampling.seed is None else Generator(sampling.seed)
         return self._generator
-
-    def _prompt_tokens(self, prompt: str | Sequence[int]) -> Sequence[int]:
-        is_fresh = not self._recent
-        if isinstance(prompt, str):
-            prompt = self._session.tokenizer.encode(prompt, start=is_fresh)
-        tokens = check_tokens(prompt, self._session.config.vocab_size)
-        if is_fresh and not tokens:
-            raise UserError("a fresh stream has nothing to go on from; give a prompt of at least one token")
-        return tokens
 
     def _note(self, tokens: Sequence[int]) -> None:
         self._recent += tokens

@@ -13,13 +13,14 @@ import numpy as np
 
 from megalodon_deploy.bundle import Bundle, Manifest, TokenizerInfo
 from megalodon_deploy.config import MegalodonConfig
+from megalodon_deploy.runtime.executors.base import HostLogits
 from megalodon_deploy.runtime.session import Session
 from megalodon_deploy.state import zero_state
 
 
-class FakeMemory:
+class FakeMemory(HostLogits):
     def __init__(self, executor: FakeExecutor, num_slots: int) -> None:
-        self.num_slots = num_slots
+        super().__init__(num_slots, executor.config.vocab_size)
         self.calls: list[tuple[int, int, int]] = []  # (first row, last row + 1, tokens) of every call
         self.retired: list[int] = []
         self._config = executor.config
@@ -31,14 +32,14 @@ class FakeMemory:
             ).items()
         }
 
-    def run(self, rows: slice, tokens_BT: np.ndarray, position_B: np.ndarray) -> np.ndarray:
+    def run(self, rows: slice, tokens_BT: np.ndarray, position_B: np.ndarray) -> None:
         slots = range(self.num_slots)[rows]
         assert tokens_BT.shape == (len(slots), tokens_BT.shape[1])
         assert position_B.shape == (len(slots),)
         assert (position_B % self._config.chunk_size + tokens_BT.shape[1] <= self._config.chunk_size).all()
         self.calls.append((rows.start, rows.stop, tokens_BT.shape[1]))
-        logits = [self._run_row(slot, tokens_BT[row], int(position_B[row])) for row, slot in enumerate(slots)]
-        return np.stack(logits)[:, None]
+        for row, slot in enumerate(slots):
+            self.last_logits[slot] = self._run_row(slot, tokens_BT[row], int(position_B[row]))
 
     def _run_row(self, slot: int, tokens_T: np.ndarray, position: int) -> np.ndarray:
         memory, keys = self._state["past_cema.0"][slot], self._state["past_key.0"][slot]

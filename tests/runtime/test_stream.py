@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from runtime.fake_executor import fake_session
 
 from megalodon_deploy.errors import StateError, UserError
+from megalodon_deploy.runtime.generation import GeneratedToken
 from megalodon_deploy.runtime.sampling import SamplingParams
 from megalodon_deploy.runtime.session import Session
-from megalodon_deploy.runtime.stream import GeneratedToken, Stream
+from megalodon_deploy.runtime.stream import Stream
 
 CONFIG = small_config(vocab_size=256, num_layers=1, chunk_size=8)
 SAMPLED = SamplingParams(temperature=2.0, top_k=100, repetition_penalty=1.5, repetition_window=20, seed=11)
@@ -241,10 +242,9 @@ def scripted(session: Session, script: bytes) -> Stream:
     stream = session.stream()
     memory = session.executor.memories[-1]  # type: ignore[attr-defined]
 
-    def run(rows: slice, tokens_BT: np.ndarray, position_B: np.ndarray) -> np.ndarray:
-        logits_V = np.zeros(CONFIG.vocab_size, np.float32)
-        logits_V[script[(int(position_B[0]) + tokens_BT.shape[1] - 1) % len(script)]] = 100.0
-        return logits_V[None, None]
+    def run(rows: slice, tokens_BT: np.ndarray, position_B: np.ndarray) -> None:
+        memory.last_logits[...] = 0
+        memory.last_logits[0, script[(int(position_B[0]) + tokens_BT.shape[1] - 1) % len(script)]] = 100.0
 
     memory.run = run
     return stream

@@ -15,6 +15,7 @@ from megalodon_deploy.engine import EngineInfo
 from megalodon_deploy.engine.profile import optimization_profile
 from megalodon_deploy.errors import EngineError
 from megalodon_deploy.runtime.executors.base import Executor, SlotMemory
+from megalodon_deploy.runtime.sampling import Choice
 from megalodon_deploy.runtime.session import Session, open_session
 from megalodon_deploy.verify import candidates, engines, verify_bundle
 from megalodon_deploy.verify.compare import Finding
@@ -25,10 +26,19 @@ class WrongMemory:
 
     def __init__(self, right: SlotMemory) -> None:
         self._right = right
-        self.num_slots = right.num_slots
+        self.num_slots, self.prefers_whole_steps = right.num_slots, right.prefers_whole_steps
 
-    def run(self, rows: slice, tokens_BT: np.ndarray, position_B: np.ndarray) -> np.ndarray:
-        return self._right.run(rows, tokens_BT, position_B)
+    def run(self, rows: slice, tokens_BT: np.ndarray, position_B: np.ndarray) -> None:
+        self._right.run(rows, tokens_BT, position_B)
+
+    def logits(self, slot: int) -> np.ndarray:
+        return self._right.logits(slot)
+
+    def choose(self, choices: Mapping[int, Choice]) -> dict[int, int]:
+        return self._right.choose(choices)
+
+    def copy(self, slot: int, source: SlotMemory, source_slot: int, position: int) -> None:
+        self._right.copy(slot, source, source_slot, position)
 
     def read(self, slot: int, position: int) -> dict[str, np.ndarray]:
         return self._right.read(slot, position)
@@ -43,10 +53,10 @@ class WrongMemory:
 class StaleLogits(WrongMemory):
     _last: np.ndarray | None = None
 
-    def run(self, rows: slice, tokens_BT: np.ndarray, position_B: np.ndarray) -> np.ndarray:
-        logits = super().run(rows, tokens_BT, position_B).copy()
+    def logits(self, slot: int) -> np.ndarray:
+        logits = super().logits(slot)
         last, self._last = self._last, logits
-        return logits if last is None else last[: len(logits)]
+        return logits if last is None else last
 
 
 class NoFreshStart(WrongMemory):
@@ -54,11 +64,11 @@ class NoFreshStart(WrongMemory):
 
     _positions: np.ndarray | None = None
 
-    def run(self, rows: slice, tokens_BT: np.ndarray, position_B: np.ndarray) -> np.ndarray:
+    def run(self, rows: slice, tokens_BT: np.ndarray, position_B: np.ndarray) -> None:
         if self._positions is not None:
             position_B = np.where(position_B == 0, self._positions % small_config().chunk_size, position_B)
         self._positions = position_B + tokens_BT.shape[1]
-        return super().run(rows, tokens_BT, position_B)
+        super().run(rows, tokens_BT, position_B)
 
 
 class MovedRows(WrongMemory):

@@ -7,22 +7,36 @@ of the open chunk and no others.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
 
+from megalodon_deploy.runtime.sampling import Choice
+
 
 class SlotMemory(Protocol):
-    """The state of `num_slots` streams, wherever the backend keeps it."""
+    """The state of `num_slots` streams and the logits that follow each of them, wherever the backend keeps them."""
 
     num_slots: int
+    prefers_whole_steps: bool  # one token for all slots costs no more than for some
 
-    def run(self, rows: slice, tokens_BT: np.ndarray, position_B: np.ndarray) -> np.ndarray:
+    def run(self, rows: slice, tokens_BT: np.ndarray, position_B: np.ndarray) -> None:
         """Feed int64 tokens [B, T] to the B rows of the contiguous range `rows`, which stand at int64 `position_B`.
 
-        No row may cross a chunk edge. Rows outside the range keep their state. Returns logits [B, K, V] float32,
-        valid until the next call.
+        No row may cross a chunk edge. Rows outside the range keep their state and their logits.
+        """
+        ...
+
+    def logits(self, slot: int) -> np.ndarray:
+        """A copy of the logits [V] float32 that follow the last token that `run` fed to the slot."""
+        ...
+
+    def choose(self, choices: Mapping[int, Choice]) -> dict[int, int]:
+        """The next token of each of these slots, from those logits; a generator that is drawn from advances.
+
+        Left out are slots whose logits nothing can be chosen from: a NaN or an infinity is the largest.
         """
         ...
 
@@ -32,6 +46,10 @@ class SlotMemory(Protocol):
 
     def write(self, slot: int, position: int, tensors: Mapping[str, np.ndarray]) -> None:
         """Put one stream's state, of the backend's dtypes, into a slot."""
+        ...
+
+    def copy(self, slot: int, source: SlotMemory, source_slot: int, position: int) -> None:
+        """Put the state and logits of a stream of another memory of the same executor into a slot."""
         ...
 
     def retire(self, slot: int) -> None:
@@ -46,3 +64,27 @@ class Executor(Protocol):
     activation: np.dtype  # of key and value rows
 
     def open_slots(self, num_slots: int) -> SlotMemory: ...
+
+
+class HostLogits(ABC):
+    """A memory whose logits lie in main memory, where its choices are made too."""
+
+    prefers_whole_steps = False
+
+    def __init__(self, num_slots: int, vocab_size: int) -> None:
+        self.num_slots = num_slots
+        self.last_logits = np.zeros((num_slots, vocab_size), np.float32)  # what `run` fills, by slot
+
+    @abstractmethod
+    def write(self, slot: int, position: int, tensors: Mapping[str, np.ndarray]) -> None: ...
+
+    def logits(self, slot: int) -> np.ndarray:
+        return np.array(self.last_logits[slot])
+
+    def choose(self, choices: Mapping[int, Choice]) -> dict[int, int]:
+        tokens = {slot: choice.of(self.last_logits[slot]) for slot, choice in choices.items()}
+        return {slot: token for slot, token in tokens.items() if token is not None}
+
+    def copy(self, slot: int, source: SlotMemory, source_slot: int, position: int) -> None:
+        self.write(slot, position, source.read(source_slot, position))
+        self.last_logits[slot] = source.logits(source_slot)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megalodon_deploy.errors import BundleError, EngineError, MissingDependencyError
+from megalodon_deploy.runtime.executors.base import HostLogits
 from megalodon_deploy.runtime.executors.host_memory import KeyValueMemory
 from megalodon_deploy.runtime.executors.huge_pages import huge_pages
 from megalodon_deploy.state import LOGITS, POSITION, TOKENS, StateSpec, concrete_shape, state_specs
@@ -64,11 +65,11 @@ class _Call:
     new_rows: Arrays  # [b, H, T, w] by output name
 
 
-class OnnxRuntimeMemory:
+class OnnxRuntimeMemory(HostLogits):
     """State of several streams in main memory."""
 
     def __init__(self, executor: OnnxRuntimeExecutor, num_slots: int) -> None:
-        self.num_slots = num_slots
+        super().__init__(num_slots, executor.config.vocab_size)
         self._executor = executor
         config = executor.config
         self._rows = KeyValueMemory(config, num_slots, executor.activation)
@@ -78,7 +79,7 @@ class OnnxRuntimeMemory:
         self._steps: dict[tuple[int, int, int], _Call] = {}  # calls of one token, by rows and place of the past
         self._bound_capacity = self._rows.capacity
 
-    def run(self, rows: slice, tokens_BT: np.ndarray, position_B: np.ndarray) -> np.ndarray:
+    def run(self, rows: slice, tokens_BT: np.ndarray, position_B: np.ndarray) -> None:
         call = self._step_call(rows) if tokens_BT.shape[1] == 1 else self._bind(rows, tokens_BT.shape[1])
         call.tokens[...] = tokens_BT
         call.position[...] = position_B
@@ -89,7 +90,8 @@ class OnnxRuntimeMemory:
         else:
             for name, past in self._past.items():
                 past[rows] = self._present[name][rows]
-        return call.logits
+        if self._executor.returns_all_logits:
+            self.last_logits[rows] = call.logits[:, -1]
 
     def read(self, slot: int, position: int) -> Arrays:
         rows = self._rows.read(slot, position % self._executor.config.chunk_size)
@@ -129,12 +131,11 @@ class OnnxRuntimeMemory:
     def _bind(self, rows: slice, num_tokens: int) -> _Call:
         """Bind the memory of a range of rows, and fresh buffers for everything else."""
         batch = rows.stop - rows.start
-        num_logits = num_tokens if self._executor.returns_all_logits else 1
         call = _Call(
             binding=self._executor.session.io_binding(),
             tokens=np.zeros((batch, num_tokens), np.int64),
             position=np.zeros(batch, np.int64),
-            logits=np.empty((batch, num_logits, self._executor.config.vocab_size), np.float32),
+            logits=self._logits_output(rows, num_tokens),
             new_rows={spec.present: self._new_rows(spec, batch, num_tokens) for spec in self._row_specs},
         )
         inputs = {TOKENS: call.tokens, POSITION: call.position}
@@ -146,6 +147,12 @@ class OnnxRuntimeMemory:
         for name, array in outputs.items():
             call.binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         return call
+
+    def _logits_output(self, rows: slice, num_tokens: int) -> np.ndarray:
+        """Where a call writes its logits [b, K, V]: their place of rest, when it returns no others."""
+        if not self._executor.returns_all_logits:
+            return self.last_logits[rows][:, None]
+        return np.empty((rows.stop - rows.start, num_tokens, self._executor.config.vocab_size), np.float32)
 
     def _new_rows(self, spec: StateSpec, batch: int, num_tokens: int) -> np.ndarray:
         shape = concrete_shape(spec.present_shape, batch=batch, tokens=num_tokens)

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from megalodon_deploy.errors import EngineError, MissingDependencyError, UserError
+from megalodon_deploy.runtime.executors.base import HostLogits
 from megalodon_deploy.state import state_specs
 
 try:
@@ -51,16 +52,16 @@ class TorchExecutor:
         return TorchMemory(self, num_slots)
 
 
-class TorchMemory:
+class TorchMemory(HostLogits):
     """A model state for every slot; rows that run together are joined for the call."""
 
     def __init__(self, executor: TorchExecutor, num_slots: int) -> None:
-        self.num_slots = num_slots
+        super().__init__(num_slots, executor.config.vocab_size)
         self._executor = executor
         self._states: list[ModelState | None] = [None] * num_slots
 
     @torch.inference_mode()
-    def run(self, rows: slice, tokens_BT: np.ndarray, position_B: np.ndarray) -> np.ndarray:
+    def run(self, rows: slice, tokens_BT: np.ndarray, position_B: np.ndarray) -> None:
         slots = range(self.num_slots)[rows]
         for slot, position in zip(slots, position_B, strict=True):
             if position == 0:
@@ -69,7 +70,7 @@ class TorchMemory:
         tokens = torch.from_numpy(tokens_BT).to(self._executor.device)
         logits_BTV, state = self._executor.model(tokens, _join(states))
         self._states[rows] = [state] if len(slots) == 1 else _split(state, len(slots))
-        return np.asarray(logits_BTV.float().cpu().numpy())
+        self.last_logits[rows] = logits_BTV[:, -1].float().cpu().numpy()
 
     def read(self, slot: int, position: int) -> dict[str, np.ndarray]:
         num_rows = position % self._executor.config.chunk_size

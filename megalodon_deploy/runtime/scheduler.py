@@ -82,8 +82,8 @@ class Scheduler:
         """Ask for a generation, as `Stream.generate` does it, on a fresh stream or on one that is resumed.
 
         `keep`: the stream's state is the request's `saved` at the end. `on_token` is called for each token by the
-        thread that does the work; what it raises ends its request. Raises `UserError` for a value that makes no sense; what is wrong with a prompt or
-        a saved stream is raised by reading the request.
+        thread that does the work; what it raises ends its request. Raises `UserError` for a value that makes no
+        sense; what is wrong with a prompt or a saved stream is raised by reading the request.
         """
         default_stops = self._session.bundle.manifest.tokenizer.stop_tokens
         generation = Generation(

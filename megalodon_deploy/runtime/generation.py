@@ -9,7 +9,7 @@ from typing import Literal
 from megalodon_deploy.errors import UserError
 from megalodon_deploy.runtime.sampling import SamplingParams
 from megalodon_deploy.runtime.stop_strings import StopStrings
-from megalodon_deploy.runtime.tokenizers import Detokenizer, Tokenizer
+from megalodon_deploy.tokenizers import Detokenizer, Tokenizer
 
 Finish = Literal["length", "stop_token", "stop_string"]
 

@@ -197,7 +197,7 @@ def _state_table(config: MegalodonConfig) -> list[dict[str, Any]]:
             "present": spec.present,
             "past_shape": list(spec.past_shape),
             "present_shape": list(spec.present_shape),
-            "dtype": "activation" if spec.is_activation else "float32",
+            "dtype": spec.dtype,
         }
         for spec in state_specs(config)
     ]

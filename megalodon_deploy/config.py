@@ -10,9 +10,11 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from megalodon_deploy.errors import ConfigError
+
+KeyValueType = Literal["activation", "fp8", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,7 @@ class MegalodonConfig:
     rescale_nffn: bool = False  # adds alpha [D], a scale on the second hop
     scale_emb: bool = False  # embeddings times sqrt(D)
     share_emb: bool = False  # output matrix is the embedding
+    kv_dtype: KeyValueType = "activation"  # in which a stream keeps keys and values; chosen at export, not trained
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -52,7 +55,10 @@ class MegalodonConfig:
 
     def _check_type(self, name: str, kind: str) -> None:
         value = getattr(self, name)
-        if kind == "bool":
+        if kind == "KeyValueType":
+            if value not in get_args(KeyValueType):
+                raise ConfigError(f"config: {name} = {value!r} is none of {', '.join(get_args(KeyValueType))}")
+        elif kind == "bool":
             if not isinstance(value, bool):
                 raise ConfigError(f"config: {name} = {value!r} is not true or false")
         elif kind == "int":
@@ -77,7 +83,11 @@ class MegalodonConfig:
         return self.model_dim // self.norm_num_groups
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """JSON values; `kv_dtype` only where it is not the default: checkpoints know nothing of it."""
+        values = dataclasses.asdict(self)
+        if self.kv_dtype == "activation":
+            del values["kv_dtype"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MegalodonConfig:

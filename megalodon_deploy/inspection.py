@@ -23,6 +23,7 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "path": str(bundle.path),
         "fingerprint": manifest.fingerprint,
         "precision": manifest.precision,
+        "kv_dtype": manifest.precision if config.kv_dtype == "activation" else config.kv_dtype,
         "logits": manifest.logits,
         "tokenizer": manifest.tokenizer.kind,
         "config": config.to_dict(),
@@ -48,7 +49,7 @@ def inspection_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("parameters", f"{report['num_parameters']:,}"),
         ("weights", f"{format_bytes(report['weights_bytes'])}, {report['precision']}"),
         ("state per stream", f"{format_bytes(state['full_chunk'])} with a full chunk of keys and values"),
-        ("", f"{format_bytes(state['without_key_value_rows'])} without"),
+        ("", f"{format_bytes(state['without_key_value_rows'])} without; keys and values are {report['kv_dtype']}"),
         ("tokenizer", report["tokenizer"]),
         ("logits", f"{report['logits']} position" + ("s" if report["logits"] == "all" else "")),
         *[

@@ -32,38 +32,72 @@ TIMESTEP_NORM = "TimestepNorm"
 EPSILON = "epsilon"  # TimestepNorm's attribute
 DEFAULT_EPSILON = 1e-5
 
-Kind = Literal["key", "value", "cema", "norm"]
+Kind = Literal["key", "value", "key_scale", "value_scale", "cema", "norm"]
+Dtype = Literal["activation", "float32", "fp8", "int8"]  # fp8: e4m3 without infinities
 Dim = int | str
+
+QUANTIZED_ROW_MAX: dict[str, float] = {"fp8": 448.0, "int8": 127.0}  # a row's scale is its largest magnitude over this
+SMALLEST_ROW_SCALE = 1e-30  # of a row of zeros: a scale is divided by
+ITEM_BYTES = {"float32": 4, "fp8": 1, "int8": 1}
 
 
 @dataclass(frozen=True)
 class StateSpec:
-    """One recurrent tensor: its names and shapes going in and coming out, and whether it has the activation type."""
+    """One recurrent tensor: its names, shapes and type going in and coming out.
+
+    `is_rows`: the call returns the rows of its own tokens only, which its caller writes at position mod C along
+    `ROW_AXIS`; otherwise it returns the whole tensor anew.
+    """
 
     kind: Kind
     past: str  # input name
     present: str  # output name
     past_shape: tuple[Dim, ...]
     present_shape: tuple[Dim, ...]
-    is_activation: bool  # True: the model's activation dtype; False: float32
+    dtype: Dtype
+    is_rows: bool
+
+    @property
+    def is_activation(self) -> bool:
+        """Whether it has the model's activation type."""
+        return self.dtype == "activation"
+
+    def numpy_dtype(self, activation: np.dtype) -> np.dtype:
+        """The type of its elements in memory."""
+        if self.dtype == "fp8":
+            import ml_dtypes
+
+            fp8: np.dtype = np.dtype(ml_dtypes.float8_e4m3fn)
+            return fp8
+        return activation if self.is_activation else np.dtype(self.dtype)
 
 
-def _rows(kind: Kind, layer: int, heads: int, width: int) -> StateSpec:
-    past: tuple[Dim, ...] = ("B", heads, "S", width)
-    new: tuple[Dim, ...] = ("B", heads, "T", width)
-    return StateSpec(kind, f"past_{kind}.{layer}", f"new_{kind}.{layer}", past, new, True)
+ROW_AXIS = 2  # of the tensors with `is_rows`: [B, H, rows, ...]
+
+
+def _rows(kind: Kind, layer: int, dtype: Dtype, heads: int, *width: int) -> StateSpec:
+    past: tuple[Dim, ...] = ("B", heads, "S", *width)
+    new: tuple[Dim, ...] = ("B", heads, "T", *width)
+    return StateSpec(kind, f"past_{kind}.{layer}", f"new_{kind}.{layer}", past, new, dtype, True)
 
 
 def _recurrent(kind: Kind, suffix: int | str, *dims: int) -> StateSpec:
     shape: tuple[Dim, ...] = ("B", *dims)
-    return StateSpec(kind, f"past_{kind}.{suffix}", f"present_{kind}.{suffix}", shape, shape, False)
+    return StateSpec(kind, f"past_{kind}.{suffix}", f"present_{kind}.{suffix}", shape, shape, "float32", False)
 
 
 def state_specs(config: MegalodonConfig) -> Iterator[StateSpec]:
-    """All state tensors in the graph's order: key, value, CEMA, norm of each layer, then the final norm."""
+    """All state tensors in the graph's order: key, value, CEMA, norm of each layer, then the final norm.
+
+    Quantised keys and values (`config.kv_dtype`) are followed by their scales, one for each row of each head.
+    """
+    heads = config.num_heads
     for layer in range(config.num_layers):
-        yield _rows("key", layer, config.num_heads, config.key_head_dim)
-        yield _rows("value", layer, config.num_heads, config.value_head_dim)
+        yield _rows("key", layer, config.kv_dtype, heads, config.key_head_dim)
+        yield _rows("value", layer, config.kv_dtype, heads, config.value_head_dim)
+        if config.kv_dtype != "activation":
+            yield _rows("key_scale", layer, "float32", heads)
+            yield _rows("value_scale", layer, "float32", heads)
         yield _recurrent("cema", layer, config.model_dim, config.cema_ndim, COMPLEX_PARTS)
         yield _recurrent("norm", layer, config.norm_num_groups, NORM_PARTS)
     yield _recurrent("norm", "final", config.norm_num_groups, NORM_PARTS)
@@ -80,7 +114,7 @@ def zero_state(config: MegalodonConfig, *, batch: int, capacity: int, activation
     return {
         spec.past: np.zeros(
             concrete_shape(spec.past_shape, batch=batch, capacity=capacity),
-            activation if spec.is_activation else np.float32,
+            spec.numpy_dtype(activation),
         )
         for spec in state_specs(config)
     }
@@ -91,7 +125,7 @@ def state_bytes(config: MegalodonConfig, *, activation_bytes: int, capacity: int
     rows = config.chunk_size if capacity is None else capacity
     return sum(
         int(np.prod(concrete_shape(spec.past_shape, batch=1, capacity=rows)))
-        * (activation_bytes if spec.is_activation else 4)
+        * (activation_bytes if spec.is_activation else ITEM_BYTES[spec.dtype])
         for spec in state_specs(config)
     )
 

@@ -16,6 +16,13 @@ from megalodon_deploy.console import format_bytes, progress_bar
 @click.option("--out", required=True, type=OUTPUT, help="Bundle directory to write.")
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
 @click.option("--logits", type=click.Choice(["last", "all"]), default="last", show_default=True, help="Positions.")
+@click.option(
+    "--kv-dtype",
+    type=click.Choice(["activation", "fp8", "int8"]),
+    default="activation",
+    show_default=True,
+    help="Type in which streams keep keys and values.",
+)
 @click.option("--name", help="Name of the model in the bundle; default: the directory's.")
 @click.option("--tokenizer", type=EXISTING, help="tokenizer.json or SentencePiece model; default: the checkpoint's.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megalodon_deploy.bundle import Bundle, LogitsMode, Precision
+from megalodon_deploy.config import KeyValueType
 from megalodon_deploy.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def export_checkpoint(
     *,
     precision: Precision = "fp32",
     logits: LogitsMode = "last",
+    kv_dtype: KeyValueType = "activation",
     name: str | None = None,
     tokenizer: str | Path | None = None,
     overwrite: bool = False,
@@ -39,6 +41,7 @@ def export_checkpoint(
         out: the bundle's directory; it is there whole or not at all.
         precision: type of activations and matrices. Norms, CEMA coefficients and states are float32 always.
         logits: of the last token of a call, or of all.
+        kv_dtype: type in which streams keep keys and values; fp8 and int8 take a scale for each row of each head.
         name: the model's name in the manifest; default the name of `out`.
         tokenizer: a `tokenizer.json` or SentencePiece file; default the checkpoint's own.
         overwrite: replace a bundle that is there. Anything else that is there is never replaced.
@@ -56,6 +59,7 @@ def export_checkpoint(
     options = ExportOptions(
         precision=precision,
         logits=logits,
+        kv_dtype=kv_dtype,
         name=name,
         tokenizer=Path(tokenizer) if tokenizer is not None else None,
         overwrite=overwrite,

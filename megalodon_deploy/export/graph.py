@@ -25,6 +25,7 @@ from megalodon_deploy.state import LOGITS, POSITION, TOKENS, Dim, state_specs
 
 ACTIVATION = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
+STATE_TYPES = {"float32": FLOAT, "fp8": ir.DataType.FLOAT8E4M3FN, "int8": ir.DataType.INT8}
 WeightSource = Callable[[InitializerSpec, ir.DataType], ir.TensorProtocol]
 
 
@@ -41,7 +42,7 @@ def build_model(
     builder = context.builder
     graph = ir.Graph(
         list(inputs.values()),
-        list(outputs.values()),
+        [outputs[name] for name in (LOGITS, *(spec.present for spec in state_specs(config)))],
         nodes=builder.nodes,
         initializers=[*initializers.values(), *builder.constants],
         opset_imports={"": OPSET, DOMAIN: DOMAIN_VERSION},
@@ -67,7 +68,7 @@ def _initializers(config: MegalodonConfig, weights: WeightSource, activation: ir
 def _inputs(config: MegalodonConfig, activation: ir.DataType) -> dict[str, ir.Value]:
     values = {TOKENS: _typed(TOKENS, INT64, ("B", "T")), POSITION: _typed(POSITION, INT64, ("B",))}
     for spec in state_specs(config):
-        values[spec.past] = _typed(spec.past, activation if spec.is_activation else FLOAT, spec.past_shape)
+        values[spec.past] = _typed(spec.past, STATE_TYPES.get(spec.dtype, activation), spec.past_shape)
     return values
 
 
@@ -76,8 +77,8 @@ def _declare_outputs(
 ) -> None:
     shapes: dict[str, tuple[ir.DataType, tuple[Dim, ...]]] = {LOGITS: (FLOAT, ("B", num_logits, config.vocab_size))}
     for spec in state_specs(config):
-        shapes[spec.present] = (activation if spec.is_activation else FLOAT, spec.present_shape)
-    assert list(shapes) == list(outputs), "Bug: the graph's outputs are not those of the state table"
+        shapes[spec.present] = (STATE_TYPES.get(spec.dtype, activation), spec.present_shape)
+    assert set(shapes) == set(outputs), "Bug: the graph's outputs are not those of the state table"
     for name, (dtype, shape) in shapes.items():
         outputs[name].name, outputs[name].dtype, outputs[name].shape = name, dtype, ir.Shape(shape)
 

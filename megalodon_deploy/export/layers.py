@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from megalodon_deploy.export.context import ALL_ROWS, CallValues, Context
 from megalodon_deploy.export.operators import DOMAIN
+from megalodon_deploy.export.quantized_rows import emit_dequantized_rows, emit_quantized_rows
 from megalodon_deploy.export.weights import merged_projection_sizes
 
 State = dict[str, ir.Value]  # by name of the state table
@@ -74,29 +75,24 @@ def _emit_attention_part(
         "Split", merged, builder.constant(list(sizes.values()), "merged_sizes"), names=list(sizes), axis=-1
     )
     with builder.scope("attention"):
-        context_BTE, key, value = _emit_attention(context, call, layer, z_BTZ, v_BTE, inputs)
+        context_BTE, rows = _emit_attention(context, call, layer, z_BTZ, v_BTE, inputs)
     gated_BTE = builder.op("Mul", context_BTE, context.silu(r_BTE, "gate"), name="gated")
     h2_BTD = context.linear(gated_BTE, f"{prefix}.wh2", "wh2")
     # One Sum: ONNX Runtime would fuse an Add with the LayerNormalization behind it into an operator ten times slower.
     hop_BTD = builder.op("Sum", x_BTD, h1_BTD, h2_BTD, name="hop")
-    outputs = {
-        f"new_key.{layer}": key,
-        f"new_value.{layer}": value,
-        f"present_cema.{layer}": cema,
-        f"present_norm.{layer}": norm,
-    }
-    return hop_BTD, outputs
+    return hop_BTD, {**rows, f"present_cema.{layer}": cema, f"present_norm.{layer}": norm}
 
 
 def _emit_attention(
     context: Context, call: CallValues, layer: int, z_BTZ: ir.Value, v_BTE: ir.Value, inputs: State
-) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Attention over past and new rows: [B, T, E], new keys [B, H, T, dz], new values [B, H, T, dv]."""
+) -> tuple[ir.Value, State]:
+    """Attention over past and new rows: [B, T, E], and the state outputs that hold the new rows."""
     builder, config = context.builder, context.config
     query, key = _emit_query_key(context, call, f"layers.{layer}.mega", z_BTZ)
     heads = builder.constant([0, 0, config.num_heads, config.value_head_dim], "value_heads")
     value = builder.op("Transpose", builder.op("Reshape", v_BTE, heads), perm=[0, 2, 1, 3], name="value")
-    past_key, past_value = inputs[f"past_key.{layer}"], inputs[f"past_value.{layer}"]
+    (key, past_key), kept_key = _keep_rows(context, layer, "key", key, inputs)
+    (value, past_value), kept_value = _keep_rows(context, layer, "value", value, inputs)
     scores = [
         builder.op("MatMul", query, builder.op("Transpose", rows, perm=[0, 1, 3, 2]), name=name)
         for rows, name in ((past_key, "past_scores"), (key, "new_scores"))
@@ -116,7 +112,20 @@ def _emit_attention(
     joined_heads = builder.op("Transpose", total, perm=[0, 2, 1, 3])
     flat = builder.constant([0, 0, config.value_dim], "value_width")
     context_BTE = builder.op("Reshape", joined_heads, flat, name="context")
-    return builder.typed(context_BTE, context.activation, ("B", "T", config.value_dim)), key, value
+    return builder.typed(context_BTE, context.activation, ("B", "T", config.value_dim)), kept_key | kept_value
+
+
+def _keep_rows(
+    context: Context, layer: int, kind: str, new: ir.Value, inputs: State
+) -> tuple[tuple[ir.Value, ir.Value], State]:
+    """New and past rows as attention sees them, and the outputs that keep the new ones."""
+    past, kept = inputs[f"past_{kind}.{layer}"], f"new_{kind}.{layer}"
+    if context.config.kv_dtype == "activation":
+        return (new, past), {kept: new}
+    codes, scale = emit_quantized_rows(context, new, kind)
+    seen = emit_dequantized_rows(context, codes, scale, kind)
+    past_seen = emit_dequantized_rows(context, past, inputs[f"past_{kind}_scale.{layer}"], f"past_{kind}")
+    return (seen, past_seen), {kept: codes, f"new_{kind}_scale.{layer}": scale}
 
 
 def _emit_query_key(context: Context, call: CallValues, prefix: str, z_BTZ: ir.Value) -> tuple[ir.Value, ir.Value]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import get_args
@@ -26,6 +26,7 @@ from megalodon_deploy.bundle import (
     TokenizerInfo,
     open_bundle,
 )
+from megalodon_deploy.config import KeyValueType, MegalodonConfig
 from megalodon_deploy.errors import BundleError, UserError
 from megalodon_deploy.export.graph import build_model
 from megalodon_deploy.export.operators.schema import register_schemas
@@ -46,6 +47,7 @@ class ExportOptions:
 
     precision: Precision = "fp32"
     logits: LogitsMode = "last"
+    kv_dtype: KeyValueType = "activation"
     name: str | None = None
     tokenizer: Path | None = None
     overwrite: bool = False
@@ -56,13 +58,15 @@ def write_bundle(ckpt: Path, out: Path, options: ExportOptions, progress: Progre
     _check_options(options)
     _check_target(out, overwrite=options.overwrite)
     checkpoint = read_checkpoint(ckpt)
+    config = replace(checkpoint.config, kv_dtype=options.kv_dtype)
     tokenizer = _tokenizer(checkpoint, options.tokenizer)
     try:
         with atomic_directory(out, overwrite=options.overwrite) as directory:
-            _write_model(checkpoint, directory, options, progress)
+            _write_model(checkpoint, config, directory, options, progress)
             info = _copy_tokenizer(tokenizer, directory)
             progress("hashing", _WEIGHTS_SHARE)
-            manifest = _manifest(checkpoint, directory, info, options, options.name or out.resolve().name)
+            source = {"layout": checkpoint.layout, "fingerprint": checkpoint.fingerprint}
+            manifest = _manifest(config, source, directory, info, options, options.name or out.resolve().name)
             (directory / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     except OSError as error:
         raise BundleError(f"{out}: cannot be written ({error.strerror or error}); nothing was left behind") from error
@@ -74,6 +78,7 @@ def _check_options(options: ExportOptions) -> None:
     for what, value, known in (
         ("precision", options.precision, get_args(Precision)),
         ("logits", options.logits, get_args(LogitsMode)),
+        ("kv_dtype", options.kv_dtype, get_args(KeyValueType)),
     ):
         if value not in known:
             raise UserError(f"{what} {value!r} cannot be exported; there are: {', '.join(known)}")
@@ -92,9 +97,11 @@ def _check_target(out: Path, *, overwrite: bool) -> None:
         raise BundleError(f"{out} exists already; choose another name or overwrite it (--overwrite)")
 
 
-def _write_model(checkpoint: Checkpoint, directory: Path, options: ExportOptions, progress: Progress) -> None:
+def _write_model(
+    checkpoint: Checkpoint, config: MegalodonConfig, directory: Path, options: ExportOptions, progress: Progress
+) -> None:
     stream = WeightStream(checkpoint)
-    model = build_model(checkpoint.config, stream.tensor, precision=options.precision, logits=options.logits)
+    model = build_model(config, stream.tensor, precision=options.precision, logits=options.logits)
 
     def show(tensor: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
         progress(f"writing {tensor.name}", _WEIGHTS_SHARE * info.index / info.total)
@@ -137,16 +144,21 @@ def _copy_tokenizer(source: TokenizerSource, directory: Path) -> TokenizerInfo:
 
 
 def _manifest(
-    checkpoint: Checkpoint, directory: Path, tokenizer: TokenizerInfo, options: ExportOptions, name: str
+    config: MegalodonConfig,
+    source: Mapping[str, str],
+    directory: Path,
+    tokenizer: TokenizerInfo,
+    options: ExportOptions,
+    name: str,
 ) -> Manifest:
     files = [MODEL_FILE, WEIGHTS_FILE, *([tokenizer.file] if tokenizer.file else [])]
     return Manifest(
         name=name,
-        config=checkpoint.config,
+        config=config,
         precision=options.precision,
         logits=options.logits,
         tokenizer=tokenizer,
         files={file: FileEntry.of(directory / file) for file in files},
         tools={"megalodon-deploy": megalodon_deploy.__version__} | {tool: version(tool) for tool in _TOOLS},
-        source={"layout": checkpoint.layout, "fingerprint": checkpoint.fingerprint},
+        source=source,
     )

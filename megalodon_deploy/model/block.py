@@ -15,6 +15,7 @@ from torch.nn import functional
 from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.model.attention import Attend, Rotation
 from megalodon_deploy.model.layers import ComplexEMA, LayerNorm, RMSNorm, TimestepNorm, rms_norm
+from megalodon_deploy.model.quantized_rows import QuantizedRows, dequantize_rows, quantize_rows
 
 
 class LayerState(NamedTuple):
@@ -24,6 +25,8 @@ class LayerState(NamedTuple):
     value: Tensor  # [B, H, S or T, dv]
     cema: Tensor  # [B, D, N, 2]
     norm: Tensor  # [B, G, 4]
+    key_scale: Tensor | None = None  # [B, H, S or T]; of keys and values in 8 bits, which have their codes' type
+    value_scale: Tensor | None = None
 
 
 class Call(NamedTuple):
@@ -51,6 +54,7 @@ class GatedAttention(nn.Module):
         self.num_heads = config.num_heads
         self.key_head_dim = config.key_head_dim
         self.eps = config.norm_eps
+        self.kv_dtype = config.kv_dtype
         dim = config.model_dim
         self.timenorm = TimestepNorm(config)
         self.cema = ComplexEMA(config)
@@ -79,10 +83,22 @@ class GatedAttention(nn.Module):
         q_BHTd, k_BHTd = self._queries_and_keys(m_BTD, call.rotation)
         v_BTE = functional.silu(self.wv(u_BTD))
         v_BHTe = v_BTE.view(*v_BTE.shape[:2], self.num_heads, -1).transpose(1, 2)
-        attended = call.attend(q_BHTd, k_BHTd, v_BHTe, past.key, past.value).transpose(1, 2).flatten(2)
+        (k_BHTd, past_key), keys = self._kept(k_BHTd, past.key, past.key_scale)
+        (v_BHTe, past_value), values = self._kept(v_BHTe, past.value, past.value_scale)
+        attended = call.attend(q_BHTd, k_BHTd, v_BHTe, past_key, past_value).transpose(1, 2).flatten(2)
         gated_BTE = attended * functional.silu(self.wr(m_BTD))
         y_BTD = x_BTD + self.wh1(m_BTD) + self.wh2(gated_BTE)
-        return y_BTD, LayerState(k_BHTd, v_BHTe, cema, norm)
+        return y_BTD, LayerState(keys[0], values[0], cema, norm, keys[1], values[1])
+
+    def _kept(
+        self, new: Tensor, past: Tensor, past_scale: Tensor | None
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor | None]]:
+        """New and past rows as attention sees them; the new ones as they are kept, with their scales."""
+        if self.kv_dtype == "activation" or past_scale is None:
+            return (new, past), (new, None)
+        kept = quantize_rows(new, self.kv_dtype)
+        past_rows = QuantizedRows(past, past_scale)
+        return (dequantize_rows(kept, new.dtype), dequantize_rows(past_rows, new.dtype)), kept
 
 
 class FeedForward(nn.Module):

@@ -120,9 +120,10 @@ class Megalodon(nn.Module):
         call = Call(position_B, rotation, attend)
         present: dict[str, Tensor] = {}
         for i, layer in enumerate(self.layers):
-            names = [f"past_{kind}.{i}" for kind in LayerState._fields]
-            x_BTD, added = layer(x_BTD, LayerState(*(past[name] for name in names)), call)
-            present.update(zip(names, added, strict=True))
+            names = {kind: f"past_{kind}.{i}" for kind in LayerState._fields}
+            layer_past = {kind: past[name] for kind, name in names.items() if name in past}
+            x_BTD, added = layer(x_BTD, LayerState(**layer_past), call)
+            present.update({names[kind]: getattr(added, kind) for kind in layer_past})
         final = f"past_{_FINAL_NORM}"
         x_BTD, present[final] = self.output.final_norm(x_BTD, past[final], position_B)
         matrix = self.embed.weight if self.output.output is None else self.output.output.weight

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megalodon_deploy.config import MegalodonConfig
-from megalodon_deploy.state import concrete_shape, state_specs
+from megalodon_deploy.state import ROW_AXIS, concrete_shape, state_specs
 
 _MIN_CAPACITY = 16
 
@@ -29,7 +29,7 @@ class _Reserve:
     """
 
     positions: Sequence[int]  # of the rows, where the buffers end
-    buffers: dict[str, Tensor]  # [B, H, capacity, width] by name, zero beyond what was written
+    buffers: dict[str, Tensor]  # [B, H, capacity, ...] by name, zero beyond what was written
 
 
 @dataclass
@@ -45,12 +45,15 @@ class ModelState:
         cls, config: MegalodonConfig, batch: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> ModelState:
         """Streams that have consumed nothing; `dtype` is that of the activations."""
-        wide = torch.promote_types(dtype, torch.float32)
+        dtypes = {
+            "activation": dtype,
+            "float32": torch.promote_types(dtype, torch.float32),
+            "fp8": torch.float8_e4m3fn,
+            "int8": torch.int8,
+        }
         tensors = {
             spec.past: torch.zeros(
-                concrete_shape(spec.past_shape, batch=batch),
-                dtype=dtype if spec.is_activation else wide,
-                device=device,
+                concrete_shape(spec.past_shape, batch=batch), dtype=dtypes[spec.dtype], device=device
             )
             for spec in state_specs(config)
         }
@@ -66,8 +69,8 @@ class ModelState:
         """The state after a call: `added` holds present tensors and the call's own T key/value rows, by past name."""
         offsets = [position % chunk_size for position in positions]
         reserve = self._reserve
-        rows = {name: tensor for name, tensor in added.items() if _is_rows(name)}
-        tensors = {name: tensor for name, tensor in added.items() if not _is_rows(name)}
+        rows = {name: tensor for name, tensor in added.items() if is_rows(name)}
+        tensors = {name: tensor for name, tensor in added.items() if not is_rows(name)}
         if torch.is_grad_enabled():
             reserve = None
             tensors |= {name: _open_rows(self.tensors[name], new, offsets, chunk_size) for name, new in rows.items()}
@@ -83,8 +86,15 @@ class ModelState:
         return ModelState(self.position + num_tokens, tensors, reserve)
 
 
-def _is_rows(name: str) -> bool:
-    return name.startswith(("past_key.", "past_value."))
+def is_rows(name: str) -> bool:
+    """Whether the tensor of this input name has a row for every token of the open chunk."""
+    return name.startswith(("past_key", "past_value"))
+
+
+def pad_rows(tensor: Tensor, num_rows: int) -> Tensor:
+    """[B, H, rows, ...] with zeros behind, up to `num_rows` rows."""
+    missing = num_rows - tensor.shape[ROW_AXIS]
+    return functional.pad(tensor, (*[0] * (2 * (tensor.ndim - 1 - ROW_AXIS)), 0, missing)) if missing else tensor
 
 
 def _open_rows(past: Tensor, new: Tensor, offsets: Sequence[int], chunk_size: int) -> Tensor:
@@ -96,7 +106,7 @@ def _open_rows(past: Tensor, new: Tensor, offsets: Sequence[int], chunk_size: in
         return _open_rows_of_one(past, new, offsets[0], chunk_size)
     rows = [_open_rows_of_one(past[i : i + 1], new[i : i + 1], offset, chunk_size) for i, offset in enumerate(offsets)]
     most = max(row.shape[2] for row in rows)
-    return torch.cat([functional.pad(row, (0, 0, 0, most - row.shape[2])) for row in rows])
+    return torch.cat([pad_rows(row, most) for row in rows])
 
 
 def _open_rows_of_one(past: Tensor, new: Tensor, offset: int, chunk_size: int) -> Tensor:
@@ -110,7 +120,7 @@ def _open_rows_of_one(past: Tensor, new: Tensor, offset: int, chunk_size: int) -
 def _with_room(used: Tensor, chunk_size: int) -> Tensor:
     """A buffer that begins with `used` and has room for as many rows again, a chunk at most."""
     capacity = min(chunk_size, max(_MIN_CAPACITY, 2 * used.shape[2]))
-    return functional.pad(used, (0, 0, 0, capacity - used.shape[2]))
+    return pad_rows(used, capacity)
 
 
 def _has_room(

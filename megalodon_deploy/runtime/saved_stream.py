@@ -4,7 +4,8 @@ A safetensors file; letters as in `megalodon_deploy.state`, P = position mod C:
 
 | tensor | shape | dtype |
 | --- | --- | --- |
-| `past_key.{i}`, `past_value.{i}` | [1, H, P, dz], [1, H, P, dv] | float32, float16 or bfloat16: that of the writer |
+| `past_key.{i}`, `past_value.{i}` | [1, H, P, dz], [1, H, P, dv] | the writer's activation, or see below |
+| `past_key_scale.{i}`, `past_value_scale.{i}` | [1, H, P] where keys and values are quantised | float32 |
 | `past_cema.{i}`, `past_norm.{i}`, `past_norm.final` | [1, D, N, 2], [1, G, 4] | float32 |
 | `position` | [1] tokens consumed | int64 |
 | `recent_tokens` | [R] last tokens, oldest first, for sampling penalties and unfinished characters | int64 |
@@ -12,7 +13,8 @@ A safetensors file; letters as in `megalodon_deploy.state`, P = position mod C:
 | `logits` | [V] what the last consumed token returned; [0] at position 0 and while a token is pending | float32 |
 | `generator` | [2] seed and number of draws of `sampling.Generator`; [0] before the first draw | uint64 |
 
-Its metadata are `format`, `format_version` and `bundle_fingerprint`. The fingerprint is that of one bundle (config,
+Keys and values are float32, float16 or bfloat16; quantised ones are int8, or the bits of fp8 e4m3 as uint8.
+The metadata are `format`, `format_version` and `bundle_fingerprint`. The fingerprint is that of one bundle (config,
 precision, weights), so a file resumes on every backend of that bundle, but not in another export of the checkpoint:
 there the same tokens would have led to another state.
 """
@@ -38,6 +40,8 @@ PENDING_TOKENS = "pending_tokens"
 GENERATOR = "generator"
 
 _ACTIVATION_DTYPES = ("float32", "float16", "bfloat16")
+_FP8 = "float8_e4m3fn"
+_UNUSED = np.dtype(np.float32)  # activation type of tensors that do not have it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +72,7 @@ class SavedStream:
         }
         metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "bundle_fingerprint": self.fingerprint}
         with atomic_file(path) as temporary:
-            save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, temporary, metadata)
+            save_file({name: _storable(array) for name, array in tensors.items()}, temporary, metadata)
 
     def tensors_as(self, activation: np.dtype, config: MegalodonConfig) -> dict[str, np.ndarray]:
         """The tensors with key and value rows cast to a backend's dtype. Raises `StateError` on overflow."""
@@ -98,7 +102,7 @@ def read_saved_stream(path: Path, fingerprint: str, config: MegalodonConfig) -> 
     saved = SavedStream(
         fingerprint=fingerprint,
         position=position,
-        tensors=tensors,
+        tensors=_from_bits(tensors, config),
         recent=tuple(map(int, recent)),
         pending=tuple(map(int, pending)),
         logits=logits if logits.size else None,
@@ -132,7 +136,7 @@ def check(saved: SavedStream, config: MegalodonConfig, where: str) -> None:
         raise StateError(f"{where}: unknown tensor {unknown[0]}; the file does not belong to this bundle")
     num_rows = saved.position % config.chunk_size
     for name, spec in specs.items():
-        dtypes = _ACTIVATION_DTYPES if spec.is_activation else ("float32",)
+        dtypes = _ACTIVATION_DTYPES if spec.is_activation else (spec.numpy_dtype(_UNUSED).name,)
         shape = concrete_shape(spec.past_shape, batch=1, capacity=num_rows)
         _check_array(saved.tensors.get(name), name, shape, dtypes, where)
 
@@ -150,6 +154,20 @@ def _check_array(
     if array.dtype.name not in dtypes:
         raise StateError(f"{where}: {name} is {array.dtype.name}, expected {' or '.join(dtypes)}")
     _check_finite(array, f"{where}: {name}")
+
+
+def _storable(array: np.ndarray) -> np.ndarray:
+    """Contiguous; fp8 as its bits: NumPy has no such type, and readers that go by NumPy's names refuse it."""
+    array = np.ascontiguousarray(array)
+    return array.view(np.uint8) if array.dtype.name == _FP8 else array
+
+
+def _from_bits(tensors: dict[str, np.ndarray], config: MegalodonConfig) -> dict[str, np.ndarray]:
+    for spec in state_specs(config):
+        array = tensors.get(spec.past)
+        if spec.dtype == "fp8" and array is not None and array.dtype == np.uint8:
+            tensors[spec.past] = array.view(spec.numpy_dtype(_UNUSED))
+    return tensors
 
 
 def _check_finite(array: np.ndarray, what: str) -> None:

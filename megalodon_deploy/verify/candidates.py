@@ -21,7 +21,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from polygraphy.backend.base import BaseRunner
-from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx, session_from_onnx
+from polygraphy.backend.onnxrt import SessionFromOnnx, session_from_onnx
 
 from megalodon_deploy.bundle import Bundle, Precision
 from megalodon_deploy.config import MegalodonConfig
@@ -32,11 +32,12 @@ from megalodon_deploy.runtime.stream import Stream
 from megalodon_deploy.state import LOGITS, state_specs
 from megalodon_deploy.verify.compare import Contract
 from megalodon_deploy.verify.comparison import Candidate, RunnerFactory
+from megalodon_deploy.verify.onnx_values import OrtValueRunner
 from megalodon_deploy.verify.reference import Start
 from megalodon_deploy.verify.report import NotRun
 from megalodon_deploy.verify.runners import CarriedRunner, StreamRunner
 from megalodon_deploy.verify.schedule import Schedule
-from megalodon_deploy.verify.tolerance import tolerances
+from megalodon_deploy.verify.tolerance import ROW_KINDS, tolerances
 
 ACTIVATIONS: dict[Precision, np.dtype] = {
     "fp32": np.dtype(np.float32),
@@ -63,7 +64,7 @@ def cpu_candidates(bundle: Bundle) -> tuple[list[Candidate], list[NotRun]]:
 
 
 def _onnx_candidate(bundle: Bundle, name: str, what: str, precision: Precision, load: Callable[[], Any]) -> Candidate:
-    return carried_candidate(name, what, bundle.config, graph_contract(bundle, precision), OnnxrtRunner, load)
+    return carried_candidate(name, what, bundle.config, graph_contract(bundle, precision), OrtValueRunner, load)
 
 
 def _load_widened(bundle: Bundle) -> Any:
@@ -113,7 +114,7 @@ def _session_candidate(bundle: Bundle, backend: str) -> Candidate:
         logits="last",
         activation=ACTIVATIONS[precision],
         tolerances=tolerances(bundle.config, precision),
-        hidden=frozenset({"key", "value"}),
+        hidden=frozenset(ROW_KINDS),
     )
 
     def open_runtime() -> RunnerFactory:
@@ -151,7 +152,7 @@ class SessionRunner(StreamRunner):
             states = [stream.snapshot().tensors for stream in self._streams]
         outputs = {LOGITS: np.stack([logits[stream] for stream in self._streams])[:, None]}
         for spec in state_specs(self._session.config):
-            if not spec.is_activation:
+            if not spec.is_rows:
                 outputs[spec.present] = np.concatenate([state[spec.past] for state in states])
         return outputs
 
@@ -164,7 +165,8 @@ class SessionRunner(StreamRunner):
         tensors = {}
         for spec in state_specs(config):
             mine = self._start[spec.past][row : row + 1]
-            tensors[spec.past] = mine[:, :, :used].astype(self._session.activation) if spec.is_activation else mine
+            dtype = spec.numpy_dtype(self._session.activation)
+            tensors[spec.past] = mine[:, :, :used].astype(dtype) if spec.is_rows else mine
         saved = SavedStream(
             fingerprint=self._session.bundle.manifest.fingerprint,
             position=position,

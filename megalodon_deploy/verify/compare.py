@@ -18,7 +18,7 @@ from megalodon_deploy.bundle import LogitsMode
 from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.state import LOGITS, StateSpec, concrete_shape, state_specs, unpack_norm
 from megalodon_deploy.verify.schedule import Call, Schedule
-from megalodon_deploy.verify.tolerance import SCALE_FLOOR, TensorKind, norm_tolerance
+from megalodon_deploy.verify.tolerance import ROW_KINDS, SCALE_FLOOR, TensorKind, norm_tolerance
 
 
 class CallResult(Protocol):
@@ -95,23 +95,24 @@ def expected_outputs(config: MegalodonConfig, call: Call, contract: Contract) ->
     """The outputs of `call` by name, from the state table, in the order in which the model computes them: the first
     that is off lies next to the cause."""
     batch, num_tokens = len(call.positions), call.num_tokens
-    float32 = np.dtype(np.float32)
     outputs = []
     for spec in sorted(state_specs(config), key=_dataflow):
         if spec.kind in contract.hidden:
             continue
         shape = concrete_shape(spec.present_shape, batch=batch, tokens=num_tokens)
-        dtype = contract.activation if spec.is_activation else float32
-        outputs.append(ExpectedTensor(spec.present, spec.kind, shape, dtype))
+        outputs.append(ExpectedTensor(spec.present, spec.kind, shape, spec.numpy_dtype(contract.activation)))
     num_logits = num_tokens if contract.logits == "all" else 1
-    outputs.append(ExpectedTensor(LOGITS, "logits", (batch, num_logits, config.vocab_size), float32))
+    outputs.append(ExpectedTensor(LOGITS, "logits", (batch, num_logits, config.vocab_size), np.dtype(np.float32)))
     return {tensor.name: tensor for tensor in outputs}
+
+
+_ORDER = ("norm", "cema", "value_scale", "value", "key_scale", "key")
 
 
 def _dataflow(spec: StateSpec) -> tuple[float, int]:
     """Layer by layer; within a layer as its block computes them."""
     layer = spec.present.rsplit(".", 1)[1]
-    return (float("inf") if layer == "final" else int(layer), ("norm", "cema", "value", "key").index(spec.kind))
+    return (float("inf") if layer == "final" else int(layer), _ORDER.index(spec.kind))
 
 
 class ContractCompare:
@@ -250,6 +251,6 @@ def _token_position(kind: TensorKind, index: tuple[np.intp, ...], shape: tuple[i
     token = call.num_tokens - 1
     if kind == "logits":
         token += int(index[1]) - (shape[1] - 1)
-    elif kind in ("key", "value"):
+    elif kind in ROW_KINDS:
         token = int(index[2])
     return call.positions[int(index[0])] + token

@@ -43,15 +43,15 @@ class PoisonedMemory:
 
     def _poisoned(self, spec: StateSpec, batch: int, num_rows: int, activation: np.dtype) -> np.ndarray:
         shape = concrete_shape(spec.past_shape, batch=batch, capacity=num_rows)
-        if not spec.is_activation:
+        if not spec.is_rows:
             return np.full(shape, np.nan, np.float32)
         signs = self._random.integers(0, 2, shape, dtype=np.int8) * 2 - 1
-        return (STALE_MAGNITUDE * signs).astype(activation)
+        return (STALE_MAGNITUDE * signs).astype(spec.numpy_dtype(activation))
 
     def _load(self, row: int, num_used: int, start: Mapping[str, np.ndarray]) -> None:
         for spec in self._specs:
             source, target = start[spec.past], self._tensors[spec.past]
-            if spec.is_activation:
+            if spec.is_rows:
                 target[row, :, :num_used] = source[row, :, :num_used]
             else:
                 target[row] = source[row]
@@ -62,7 +62,7 @@ class PoisonedMemory:
         feed = {}
         for spec in self._specs:
             tensor = self._tensors[spec.past]
-            if spec.is_activation:
+            if spec.is_rows:
                 feed[spec.past] = np.ascontiguousarray(tensor[:, :, :capacity])
             else:
                 tensor[fresh] = np.nan
@@ -76,7 +76,7 @@ class PoisonedMemory:
             shape = concrete_shape(spec.present_shape, batch=len(positions), tokens=num_tokens)
             if present is None or present.shape != shape:
                 return f"output {spec.present} is {'missing' if present is None else 'misshapen'}"
-            if not spec.is_activation:
+            if not spec.is_rows:
                 self._tensors[spec.past] = np.array(present)
                 continue
             for row, position in enumerate(positions):

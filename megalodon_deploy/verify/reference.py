@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.model.block import LayerState
 from megalodon_deploy.model.megalodon import Megalodon, ModelState
-from megalodon_deploy.state import LOGITS, state_specs
+from megalodon_deploy.state import LOGITS, QUANTIZED_ROW_MAX, ROW_AXIS, state_specs
 from megalodon_deploy.verify.runners import StreamRunner
 from megalodon_deploy.verify.schedule import Schedule, rows_in_use
 
@@ -42,8 +42,8 @@ class ReferenceRunner(StreamRunner):
             logits_BTV, state = self._model(tokens_BT, state)
         outputs = {LOGITS: logits_BTV[:, -num_tokens:]}
         for spec in state_specs(self._model.config):
-            is_row = spec.is_activation
-            outputs[spec.present] = rows[spec.present][:, :, -num_tokens:] if is_row else state.tensors[spec.past]
+            new = rows[spec.present][:, :, -num_tokens:] if spec.is_rows else state.tensors[spec.past]
+            outputs[spec.present] = new
         return outputs, state
 
 
@@ -97,7 +97,8 @@ def make_start(model: Megalodon, schedule: Schedule, activation: np.dtype, seed:
     """Past tensors for the rows of a schedule that start past position 0; empty when none does.
 
     Norms and CEMA come from a short stream, so that they fit the model's own signals; key/value rows are drawn with
-    that stream's magnitude, in the precision of `activation`, so that both sides begin alike.
+    that stream's magnitude, in the precision of `activation`, so that both sides begin alike. Quantised rows are codes
+    of all sizes, with scales like that stream's.
     """
     starts, config = schedule.start_positions, model.config
     if not any(starts):
@@ -110,13 +111,17 @@ def make_start(model: Megalodon, schedule: Schedule, activation: np.dtype, seed:
     used = rows_in_use(starts, config.chunk_size)
     start = {}
     for spec in state_specs(config):
-        if not spec.is_activation:
+        if not spec.is_rows:
             start[spec.past] = _to_numpy(state.tensors[spec.past])
             continue
         computed = _to_numpy(rows[spec.present])
-        shape = (*computed.shape[:2], used, computed.shape[3])
+        shape = (*computed.shape[:ROW_AXIS], used, *computed.shape[ROW_AXIS + 1 :])
         pool = random.standard_normal(_POOL_SIZE, np.float32) * np.sqrt(np.mean(computed**2))
-        start[spec.past] = np.resize(pool.astype(activation).astype(np.float32), shape)
+        if largest := QUANTIZED_ROW_MAX.get(spec.dtype):
+            pool = np.clip(pool, -largest, largest)
+        elif spec.dtype == "float32":  # a scale
+            pool = np.abs(pool)
+        start[spec.past] = np.resize(pool.astype(spec.numpy_dtype(activation)).astype(np.float32), shape)
     return start
 
 
@@ -130,7 +135,8 @@ def _new_rows(model: Megalodon) -> Iterator[_Outputs]:
 
     def collect(index: int) -> Callable[[nn.Module, Any, tuple[Tensor, LayerState]], None]:
         def hook(module: nn.Module, inputs: Any, output: tuple[Tensor, LayerState]) -> None:
-            rows[f"new_key.{index}"], rows[f"new_value.{index}"] = output[1].key, output[1].value
+            present = output[1]._asdict().items()
+            rows.update({f"new_{kind}.{index}": tensor for kind, tensor in present if tensor is not None})
 
         return hook
 
@@ -145,15 +151,14 @@ def _new_rows(model: Megalodon) -> Iterator[_Outputs]:
 def _to_state(config: MegalodonConfig, start: Start, rows: slice, positions: Sequence[int]) -> ModelState:
     """The start tensors of some rows as a state at `positions`."""
     used = rows_in_use(positions, config.chunk_size)
-    tensors = {
-        spec.past: torch.from_numpy(
-            start[spec.past][rows][:, :, :used] if spec.is_activation else start[spec.past][rows]
-        )
-        for spec in state_specs(config)
-    }
+    tensors = ModelState.zeros(config, len(positions), dtype=torch.float32).tensors
+    for spec in state_specs(config):
+        given = start[spec.past][rows][:, :, :used] if spec.is_rows else start[spec.past][rows]
+        tensors[spec.past] = torch.from_numpy(given).to(tensors[spec.past].dtype)
     return ModelState(torch.tensor(positions), tensors)
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:
-    array: np.ndarray = tensor.numpy(force=True)
+    """As float32, codes of quantised rows included: NumPy has no fp8."""
+    array: np.ndarray = tensor.float().numpy(force=True)
     return array

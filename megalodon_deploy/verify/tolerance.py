@@ -17,6 +17,9 @@ Tolerances:
   independent roundings add as the root of their number. `ROUNDINGS_PER_LAYER` counts the tensors a layer writes, and
   `CONDITIONING` is what normalising, softmax and gating may magnify them by. The reference computes in float32 on
   weights rounded to the same precision, so rounding of weights is no part of the error.
+- quantised keys and values: where two paths come down on either side of the middle between two codes, they keep
+  different ones. So a code may be off by one `CODE_STEP`. With an error e before rounding, about e/step of the codes
+  are; what follows from independent flips grows as the root of their share: `CONDITIONING` * step * sqrt(e/step).
 
 A norm's statistics over n tokens, of which only the last k were computed apart, can differ by k/n of an input's error;
 the rest is the start state that both sides were given. To this comes `PAIR_ROUNDOFF` for the (hi, lo) pair. Deep in a
@@ -26,28 +29,38 @@ stream this demands float64 updates and a lo part that is carried: float32 state
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 from megalodon_deploy.bundle import Precision
 from megalodon_deploy.config import MegalodonConfig
 
-TensorKind = Literal["logits", "key", "value", "cema", "norm mean", "norm var"]
-KINDS: tuple[TensorKind, ...] = ("logits", "key", "value", "cema", "norm mean", "norm var")
+TensorKind = Literal["logits", "key", "value", "key_scale", "value_scale", "cema", "norm mean", "norm var"]
+KINDS: tuple[TensorKind, ...] = get_args(TensorKind)
+ROW_KINDS: tuple[TensorKind, ...] = ("key", "value", "key_scale", "value_scale")
 
 FLOAT32_AGREEMENT = 2e-5
 UNIT_ROUNDOFF: dict[Precision, float] = {"fp16": 2.0**-11, "bf16": 2.0**-8}
 ROUNDINGS_PER_LAYER = 12  # u, m, z, q, k, v, g, a, y, n, f, out
 CONDITIONING = 4.0
 PAIR_ROUNDOFF = 2.0**-44  # two float32 hold 48 bits; sixteen roundings of the last
+CODE_STEP = {
+    "fp8": 32 / 448,
+    "int8": 1 / 127,
+}  # of quantised rows: the largest step between codes over the largest code
 SCALE_FLOOR = 1e-3  # of an all-zero tensor, where a scale of 0 would allow nothing
 
 
 def tolerances(config: MegalodonConfig, precision: Precision) -> dict[TensorKind, float]:
     """Allowed error over scale, by kind, for arithmetic of `precision`."""
-    if precision == "fp32":
-        return dict.fromkeys(KINDS, FLOAT32_AGREEMENT)
-    num_roundings = ROUNDINGS_PER_LAYER * config.num_layers + 2  # the embedding and the final norm
-    return dict.fromkeys(KINDS, CONDITIONING * UNIT_ROUNDOFF[precision] * math.sqrt(num_roundings))
+    allowed = FLOAT32_AGREEMENT
+    if precision != "fp32":
+        num_roundings = ROUNDINGS_PER_LAYER * config.num_layers + 2  # the embedding and the final norm
+        allowed = CONDITIONING * UNIT_ROUNDOFF[precision] * math.sqrt(num_roundings)
+    if config.kv_dtype == "activation":
+        return dict.fromkeys(KINDS, allowed)
+    step = CODE_STEP[config.kv_dtype]
+    flipped = CONDITIONING * step * math.sqrt(min(1.0, allowed / step))
+    return dict.fromkeys(KINDS, allowed + flipped) | {"key": allowed + step, "value": allowed + step}
 
 
 def norm_tolerance(tolerance: float, *, fed_tokens: int, count: int) -> float:

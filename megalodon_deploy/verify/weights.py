@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,12 +35,12 @@ def load_reference(bundle: Bundle, ckpt: str | Path | None) -> tuple[Megalodon, 
         note = "weights read back from the bundle: how they came there was not checked, --ckpt does"
         return load_bundle_model(bundle), WeightSource(str(bundle.path), False, note)
     checkpoint = read_checkpoint(ckpt)
-    if checkpoint.config != bundle.config:
+    if replace(checkpoint.config, kv_dtype=bundle.config.kv_dtype) != bundle.config:
         raise CheckpointError(
             f"{ckpt}: its configuration is not that of {bundle.path} "
             f"({_difference(checkpoint.config.to_dict(), bundle.config.to_dict())}); name the checkpoint it was made of"
         )
-    model = build_model(checkpoint)
+    model = build_model(replace(checkpoint, config=bundle.config))
     if bundle.manifest.precision != "fp32":
         _round_weights(model, bundle.manifest.precision)
     same = checkpoint.fingerprint == bundle.manifest.source.get("fingerprint")

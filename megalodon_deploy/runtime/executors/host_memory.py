@@ -1,6 +1,6 @@
 """State memory in the main memory of the machine, for executors that bind plain buffers.
 
-Letters as in `megalodon_deploy.state`; w: width of a key or value row of one head.
+Letters as in `megalodon_deploy.state`; w: width of a key or value row of one head, none for the scale of a row.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from megalodon_deploy.config import MegalodonConfig
-from megalodon_deploy.state import StateSpec, concrete_shape, state_specs
+from megalodon_deploy.state import ROW_AXIS, StateSpec, concrete_shape, state_specs
 
 BUCKET_ROWS = 64  # key/value memory grows by so many rows, so that a short chunk is not paid for as a full one
 
@@ -29,9 +29,10 @@ class KeyValueMemory:
         self._chunk_size = config.chunk_size
         self._bucket_rows = bucket_rows
         self._num_slots = num_slots
-        self._specs = [spec for spec in state_specs(config) if spec.is_activation]
+        self._specs = [spec for spec in state_specs(config) if spec.is_rows]
         self._flat = {
-            spec.past: np.zeros(math.prod(self._shape(spec, config.chunk_size)), activation) for spec in self._specs
+            spec.past: np.zeros(math.prod(self._shape(spec, config.chunk_size)), spec.numpy_dtype(activation))
+            for spec in self._specs
         }
         self._used = [0] * num_slots  # rows of each slot's open chunk
         self.capacity = 0  # S
@@ -40,7 +41,7 @@ class KeyValueMemory:
 
     def append(self, rows: slice, position_B: np.ndarray, new: Mapping[str, np.ndarray]) -> None:
         """Write the rows [b, H, T, w] (by output name) that a call returned for slots at `position_B` before it."""
-        num_tokens = next(iter(new.values())).shape[2]
+        num_tokens = next(iter(new.values())).shape[ROW_AXIS]
         starts = [int(position) % self._chunk_size for position in position_B]
         slots = range(self._num_slots)[rows]
         self._use({slot: (start + num_tokens) % self._chunk_size for slot, start in zip(slots, starts, strict=True)})

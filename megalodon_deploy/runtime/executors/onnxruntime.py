@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _ACTIVATIONS: dict[str, np.dtype] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 _QUIET = 3  # log errors only
+_ONNX_FLOAT8E4M3FN = 17  # in ONNX's TensorProto.DataType; the runtime does not import onnx
 
 Arrays = dict[str, np.ndarray]
 
@@ -62,7 +63,7 @@ class _Call:
     tokens: np.ndarray  # [b, T]
     position: np.ndarray  # [b]
     logits: np.ndarray  # [b, K, V]
-    new_rows: Arrays  # [b, H, T, w] by output name
+    new_rows: Arrays  # [b, H, T, w] or [b, H, T] by output name
 
 
 class OnnxRuntimeMemory(HostLogits):
@@ -73,8 +74,8 @@ class OnnxRuntimeMemory(HostLogits):
         self._executor = executor
         config = executor.config
         self._rows = KeyValueMemory(config, num_slots, executor.activation)
-        self._row_specs = [spec for spec in state_specs(config) if spec.is_activation]
-        self._recurrent_specs = [spec for spec in state_specs(config) if not spec.is_activation]
+        self._row_specs = [spec for spec in state_specs(config) if spec.is_rows]
+        self._recurrent_specs = [spec for spec in state_specs(config) if not spec.is_rows]
         self._past, self._present = (self._recurrent_buffers(), self._recurrent_buffers())
         self._steps: dict[tuple[int, int, int], _Call] = {}  # calls of one token, by rows and place of the past
         self._bound_capacity = self._rows.capacity
@@ -143,9 +144,9 @@ class OnnxRuntimeMemory(HostLogits):
         outputs = {LOGITS: call.logits} | call.new_rows
         outputs |= {spec.present: self._present[spec.past][rows] for spec in self._recurrent_specs}
         for name, array in inputs.items():
-            call.binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+            call.binding.bind_input(name, "cpu", 0, _element_type(array), array.shape, array.ctypes.data)
         for name, array in outputs.items():
-            call.binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+            call.binding.bind_output(name, "cpu", 0, _element_type(array), array.shape, array.ctypes.data)
         return call
 
     def _logits_output(self, rows: slice, num_tokens: int) -> np.ndarray:
@@ -156,7 +157,12 @@ class OnnxRuntimeMemory(HostLogits):
 
     def _new_rows(self, spec: StateSpec, batch: int, num_tokens: int) -> np.ndarray:
         shape = concrete_shape(spec.present_shape, batch=batch, tokens=num_tokens)
-        return np.empty(shape, self._executor.activation)
+        return np.empty(shape, spec.numpy_dtype(self._executor.activation))
+
+
+def _element_type(array: np.ndarray) -> Any:
+    """What a binding calls the type: NumPy's class, or ONNX's number of a type that NumPy lacks."""
+    return _ONNX_FLOAT8E4M3FN if array.dtype.name == "float8_e4m3fn" else array.dtype.type
 
 
 def _load(bundle: Bundle, threads: int | None) -> Any:

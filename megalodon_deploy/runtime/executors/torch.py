@@ -11,7 +11,7 @@ import numpy as np
 
 from megalodon_deploy.errors import EngineError, MissingDependencyError, UserError
 from megalodon_deploy.runtime.executors.base import HostLogits
-from megalodon_deploy.state import state_specs
+from megalodon_deploy.state import ROW_AXIS, state_specs
 
 try:
     import torch
@@ -77,9 +77,9 @@ class TorchMemory(HostLogits):
         tensors = {}
         for spec in state_specs(self._executor.config):
             tensor = self._state(slot).tensors[spec.past]
-            tensor = tensor[:, :, :num_rows] if spec.is_activation else tensor
-            dtype = self._executor.activation if spec.is_activation else np.float32
-            tensors[spec.past] = tensor.float().cpu().numpy().astype(dtype)  # numpy itself has no bfloat16
+            tensor = tensor[:, :, :num_rows] if spec.is_rows else tensor
+            dtype = spec.numpy_dtype(self._executor.activation)
+            tensors[spec.past] = tensor.float().cpu().numpy().astype(dtype)  # numpy itself has no bfloat16, no fp8
         return tensors
 
     @torch.inference_mode()
@@ -105,17 +105,16 @@ def _join(states: Sequence[ModelState]) -> ModelState:
     if len(states) == 1:
         return states[0]
     from megalodon_deploy.model.megalodon import ModelState
+    from megalodon_deploy.model.model_state import is_rows, pad_rows
 
-    names = list(states[0].tensors)
-    tensors = {name: torch.cat(_to_longest([state.tensors[name] for state in states])) for name in names}
+    tensors = {}
+    for name in states[0].tensors:
+        parts = [state.tensors[name] for state in states]
+        if is_rows(name):
+            longest = max(part.shape[ROW_AXIS] for part in parts)
+            parts = [pad_rows(part, longest) for part in parts]
+        tensors[name] = torch.cat(parts)
     return ModelState(torch.cat([state.position for state in states]), tensors)
-
-
-def _to_longest(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    if tensors[0].ndim != 4 or len({tensor.shape[2] for tensor in tensors}) == 1:
-        return tensors
-    longest = max(tensor.shape[2] for tensor in tensors)
-    return [torch.nn.functional.pad(tensor, (0, 0, 0, longest - tensor.shape[2])) for tensor in tensors]
 
 
 def _split(state: ModelState, batch: int) -> list[ModelState]:

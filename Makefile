@@ -13,7 +13,7 @@ SOURCES := megalodon_deploy tests examples benchmarks plugins
 help:
 	@echo "make demo     train, export, verify, build and stream a small model (about 6 minutes after set-up)"
 	@echo "make test     lint, types, C++ build, all tests"
-	@echo "make plugins  the CUDA library for TensorRT and the C ABI, in build/plugins"
+	@echo "make plugins  the compiled libraries: CUDA kernels and TensorRT plugins, operators for ONNX Runtime"
 	@echo "make sanitize the emulated kernels and the plugins under AddressSanitizer and UBSan (part of make test)"
 	@echo "make package  wheel and source distribution, in dist"
 
@@ -32,6 +32,7 @@ types: $(INSTALLED)
 	$(BIN)/mypy
 
 plugins: $(INSTALLED)
+	$(BIN)/python -m megalodon_deploy.engine.toolchain build-cpu
 	$(BIN)/python -m megalodon_deploy.engine.toolchain build-plugins
 
 sanitize: $(INSTALLED)

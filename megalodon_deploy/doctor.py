@@ -46,6 +46,7 @@ def diagnose() -> list[Finding]:
         Finding("nvcc", _nvcc(), "compiling the plugin library", _extra("cuda-compiler")),
         Finding("TensorRT headers", _tensorrt_headers(), "compiling the plugin library", "set TENSORRT_ROOT"),
         Finding("plugin library", _plugin_library(), "build with our plugins", "make plugins"),
+        Finding("CPU operators", _cpu_operators(), "faster onnxruntime sessions", "make plugins"),
     ]
 
 
@@ -124,3 +125,9 @@ def _plugin_library() -> str | None:
     from megalodon_deploy.engine.library import find_plugin_library
 
     return _or_missing(find_plugin_library)
+
+
+def _cpu_operators() -> str | None:
+    from megalodon_deploy.engine.library import find_onnxruntime_operators
+
+    return _or_missing(find_onnxruntime_operators)

@@ -1,4 +1,7 @@
-"""Where the plugin library `libmegalodon.so` is, and whether it is the one that this package was written for.
+"""Where the compiled libraries are, and whether they are the ones that this package was written for.
+
+`libmegalodon.so` holds the TensorRT plugins and CUDA kernels, `libmegalodon_onnxruntime.so` the operators for ONNX
+Runtime's CPU provider.
 
 Imports neither PyTorch nor ONNX nor TensorRT.
 """
@@ -14,6 +17,9 @@ from megalodon_deploy.errors import EngineError, MissingDependencyError
 LIBRARY_VARIABLE = "MEGALODON_PLUGIN_LIBRARY"
 LIBRARY_FILE = "libmegalodon.so"
 REGISTER_FILE = "libmegalodon_register.so"  # for tools that only dlopen a library, such as `polygraphy --plugins`
+KERNELS_VARIABLE = "MEGALODON_KERNELS"  # "reference": standard operators in place of ours
+OPERATORS_VARIABLE = "MEGALODON_ONNXRUNTIME_LIBRARY"
+OPERATORS_FILE = "libmegalodon_onnxruntime.so"
 ABI_VERSION = 1  # MGD_ABI_VERSION of plugins/include/megalodon/megalodon.h
 
 _PACKAGE_DIR = Path(__file__).resolve().parent.parent
@@ -53,6 +59,24 @@ def find_plugin_library() -> Path:
         f"{path} is missing; build it: python -m megalodon_deploy.engine.toolchain build-plugins, "
         f"or set {LIBRARY_VARIABLE}"
     )
+
+
+def default_operators_dir() -> Path:
+    """Where `build-cpu` builds, and so where `find_onnxruntime_operators` looks."""
+    return default_build_dir().parent / "onnxruntime"
+
+
+def find_onnxruntime_operators() -> Path | None:
+    """Path of libmegalodon_onnxruntime.so: $MEGALODON_ONNXRUNTIME_LIBRARY, else what `build-cpu` built, else None.
+
+    Raises `EngineError` when the variable names no file.
+    """
+    if chosen := os.environ.get(OPERATORS_VARIABLE):
+        if not Path(chosen).is_file():
+            raise EngineError(f"{OPERATORS_VARIABLE} = {chosen}: no such file; unset it or name a {OPERATORS_FILE}")
+        return Path(chosen).resolve()
+    path = default_operators_dir() / OPERATORS_FILE
+    return path if path.is_file() else None
 
 
 def abi_version(path: Path) -> int:

@@ -1,6 +1,7 @@
-"""Find the tools that compile the plugin library, and run them.
+"""Find the tools that compile the libraries, and run them.
 
     python -m megalodon_deploy.engine.toolchain build-plugins
+    python -m megalodon_deploy.engine.toolchain build-cpu
 
 nvcc comes from a CUDA toolkit or from PyPI wheels, the TensorRT headers from an installation or from a PyPI wheel that
 carries them; nothing of TensorRT is linked. Imports neither PyTorch nor ONNX nor TensorRT.
@@ -24,7 +25,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalodon_deploy.engine.library import LIBRARY_FILE, cache_dir, default_build_dir, repository_root
+from megalodon_deploy.engine.library import (
+    LIBRARY_FILE,
+    OPERATORS_FILE,
+    cache_dir,
+    default_build_dir,
+    default_operators_dir,
+    repository_root,
+)
 from megalodon_deploy.errors import EngineError, MissingDependencyError, UserError
 from megalodon_deploy.files import atomic_directory, sha256_file
 
@@ -227,6 +235,18 @@ def build_emulated(
     return build_dir / EMULATED_FILE
 
 
+def build_onnxruntime_operators(build_dir: Path | None = None, *, progress: Progress | None = None) -> Path:
+    """Compile libmegalodon_onnxruntime.so, the operators for ONNX Runtime's CPU provider; returns its path.
+
+    Raises as `build_plugins`; needs a C++ compiler, CMake and ninja only.
+    """
+    folder, root = build_dir or default_operators_dir(), repository_root()
+    source = root / "plugins" / "onnxruntime" if root else None
+    arguments = ["-DCMAKE_COMPILE_WARNING_AS_ERROR=ON"]
+    _build(folder, source, arguments, progress or (lambda stage, fraction: None))
+    return folder / OPERATORS_FILE
+
+
 def _headers(download: bool) -> Path:
     try:
         return find_tensorrt_headers()
@@ -307,7 +327,10 @@ def _locked(build_dir: Path) -> Iterator[None]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m megalodon_deploy.engine.toolchain", description=__doc__)
-    build = parser.add_subparsers(required=True).add_parser("build-plugins", help="compile libmegalodon.so")
+    commands = parser.add_subparsers(required=True, dest="command")
+    cpu = commands.add_parser("build-cpu", help=f"compile {OPERATORS_FILE}")
+    cpu.add_argument("--build-dir", type=Path, help=f"default: {default_operators_dir()}")
+    build = commands.add_parser("build-plugins", help=f"compile {LIBRARY_FILE}")
     build.add_argument("--build-dir", type=Path, help=f"default: {default_build_dir()}")
     build.add_argument("--source", type=Path, help="the plugins/ directory of a checkout; default: the one beside us")
     build.add_argument("--architectures", help="CMake's list, such as '90-real;120-real'; default: every target")
@@ -322,15 +345,19 @@ def main() -> int:
 
     options = _parser().parse_args()
     try:
-        with progress_bar("plugins") as progress:
-            library = build_plugins(
-                options.build_dir,
-                source_dir=options.source,
-                architectures=options.architectures,
-                warnings_as_errors=options.warnings_as_errors,
-                download=not options.no_download,
-                progress=progress,
-            )
+        if options.command == "build-cpu":
+            with progress_bar("operators") as progress:
+                library = build_onnxruntime_operators(options.build_dir, progress=progress)
+        else:
+            with progress_bar("plugins") as progress:
+                library = build_plugins(
+                    options.build_dir,
+                    source_dir=options.source,
+                    architectures=options.architectures,
+                    warnings_as_errors=options.warnings_as_errors,
+                    download=not options.no_download,
+                    progress=progress,
+                )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -30,12 +30,15 @@ def open_session(
     threads: int | None = None,
     device: str = "cpu",
     dtype: str | None = None,
+    native: bool | None = None,
 ) -> Session:
     """Load a bundle's model.
 
     `threads`: CPU threads of one call; None: as many as the machine has cores. `device` and `dtype` ("float32",
     "float16", "bfloat16"; None: the bundle's precision) are for the torch backend; ONNX Runtime runs on the CPU in
-    the bundle's precision. Raises `UserError` for an unknown value, `EngineError` for a backend that cannot run this
+    the bundle's precision. `native` is for onnxruntime: ComplexEMA and TimestepNorm as compiled operators (True), as
+    the function bodies in the graph (False), or compiled where the library was built and MEGALODON_KERNELS is not
+    "reference" (None). Raises `UserError` for an unknown value, `EngineError` for a backend that cannot run this
     bundle on this machine, `MissingDependencyError` for a package that is not installed.
     """
     if threads is not None and threads < 1:
@@ -46,7 +49,7 @@ def open_session(
             raise UserError(f"onnxruntime runs on the CPU in the bundle's precision: leave out {option}, or use torch")
         from megalodon_deploy.runtime.executors.onnxruntime import OnnxRuntimeExecutor
 
-        return Session(bundle, OnnxRuntimeExecutor(bundle, threads=threads))
+        return Session(bundle, OnnxRuntimeExecutor(bundle, threads=threads, native=native))
     if backend == "torch":
         from megalodon_deploy.runtime.executors.torch import TorchExecutor
 

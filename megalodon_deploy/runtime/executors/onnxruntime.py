@@ -8,12 +8,15 @@ capacity changes. Letters as in `megalodon_deploy.state`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megalodon_deploy.engine.library import KERNELS_VARIABLE, OPERATORS_FILE, find_onnxruntime_operators
 from megalodon_deploy.errors import BundleError, EngineError, MissingDependencyError
 from megalodon_deploy.runtime.executors.base import HostLogits
 from megalodon_deploy.runtime.executors.host_memory import KeyValueMemory
@@ -36,7 +39,7 @@ class OnnxRuntimeExecutor:
 
     backend = "onnxruntime"
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int | None = None, native: bool | None = None) -> None:
         precision = bundle.manifest.precision
         if precision not in _ACTIVATIONS:
             raise EngineError(
@@ -46,7 +49,8 @@ class OnnxRuntimeExecutor:
         self.config = bundle.config
         self.activation = _ACTIVATIONS[precision]
         self.returns_all_logits = bundle.manifest.logits == "all"
-        self.session = _load(bundle, threads)
+        self.operators = _operators(bundle, native)
+        self.session = _load(bundle, threads, self.operators)
         names = {spec.past for spec in state_specs(self.config)} | {TOKENS, POSITION}
         if unlike := sorted(names ^ {node.name for node in self.session.get_inputs()}):
             raise BundleError(f"{bundle.model_path}: input {unlike[0]} does not follow from its config; export again")
@@ -165,7 +169,23 @@ def _element_type(array: np.ndarray) -> Any:
     return _ONNX_FLOAT8E4M3FN if array.dtype.name == "float8_e4m3fn" else array.dtype.type
 
 
-def _load(bundle: Bundle, threads: int | None) -> Any:
+def _operators(bundle: Bundle, native: bool | None) -> Path | None:
+    """The library of compiled operators, None for the function bodies."""
+    is_float32 = bundle.manifest.precision == "fp32"
+    if native and not is_float32:
+        precision = bundle.manifest.precision
+        raise EngineError(f"{bundle.path}: the compiled operators are float32, the bundle is {precision}; native=False")
+    if native is False or not is_float32 or (native is None and os.environ.get(KERNELS_VARIABLE) == "reference"):
+        return None
+    library = find_onnxruntime_operators()
+    if native and library is None:
+        raise MissingDependencyError(
+            f"{OPERATORS_FILE} is missing; build it: python -m megalodon_deploy.engine.toolchain build-cpu"
+        )
+    return library
+
+
+def _load(bundle: Bundle, threads: int | None, operators: Path | None) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
@@ -175,6 +195,12 @@ def _load(bundle: Bundle, threads: int | None) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _QUIET
     options.intra_op_num_threads = threads or 0
+    if operators is not None:
+        try:
+            options.register_custom_ops_library(str(operators))
+        except Exception as error:  # its error classes share no other base
+            text = " ".join(str(error).split())
+            raise EngineError(f"{operators}: ONNX Runtime cannot load it ({text}); build it again") from error
     try:
         with huge_pages():
             return onnxruntime.InferenceSession(str(bundle.model_path), options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,91 @@
+// The tensors of one call, and work in parallel on ONNX Runtime's own threads.
+#pragma once
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "onnxruntime/ort_abi.h"
+
+namespace megalodon::ort {
+
+struct Tensor {
+    std::vector<int64_t> shape;
+    const void* data;
+
+    int64_t size() const {
+        int64_t product = 1;
+        for (const int64_t length : shape)
+            product *= length;
+        return product;
+    }
+    const float* floats() const { return static_cast<const float*>(data); }
+    const int64_t* integers() const { return static_cast<const int64_t*>(data); }
+};
+
+class Call {
+ public:
+    Call(const Api& api, KernelContext* context) : api_(api), context_(context) {}
+
+    Tensor input(size_t index) const {
+        const Value* value = nullptr;
+        check(api_.input(context_, index, &value));
+        TensorInfo* info = nullptr;
+        check(api_.tensor_info(value, &info));
+        size_t rank = 0;
+        check(api_.num_dimensions(info, &rank));
+        Tensor tensor{std::vector<int64_t>(rank), nullptr};
+        check(api_.dimensions(info, tensor.shape.data(), rank));
+        api_.release_tensor_info(info);
+        void* data = nullptr;
+        check(api_.tensor_data(const_cast<Value*>(value), &data));
+        tensor.data = data;
+        return tensor;
+    }
+
+    float* output(size_t index, const std::vector<int64_t>& shape) const {
+        Value* value = nullptr;
+        check(api_.output(context_, index, shape.data(), shape.size(), &value));
+        void* data = nullptr;
+        check(api_.tensor_data(value, &data));
+        return static_cast<float*>(data);
+    }
+
+    /// Runs `work(begin, end)` over [0, total), split into stretches of at least `grain` of it.
+    template <typename Work>
+    void parallel(int64_t total, int64_t grain, const Work& work) const {
+        const int64_t num_parts = std::max<int64_t>(1, total / std::max<int64_t>(1, grain));
+        if (num_parts == 1) return work(int64_t{0}, total);
+        struct Share {
+            const Work& work;
+            int64_t total, num_parts;
+        } share{work, total, num_parts};
+        check(api_.parallel_for(
+            context_,
+            [](void* data, size_t part) {
+                const auto& all = *static_cast<Share*>(data);
+                const auto i = static_cast<int64_t>(part);
+                all.work(all.total * i / all.num_parts, all.total * (i + 1) / all.num_parts);
+            },
+            static_cast<size_t>(num_parts), 0, &share));
+    }
+
+    /// Raises when a graph that was not written by the exporter feeds the operator something else.
+    static void require(bool holds, const char* expected) {
+        if (!holds) throw std::invalid_argument(std::string("megalodon operator: expected ") + expected);
+    }
+
+ private:
+    void check(Status* status) const {
+        if (!status) return;
+        const std::string message = api_.error_message(status);
+        api_.release_status(status);
+        throw std::runtime_error(message);
+    }
+
+    const Api& api_;
+    KernelContext* context_;
+};
+
+}  // namespace megalodon::ort

@@ -1,0 +1,148 @@
+"""The compiled operators inside the installed ONNX Runtime, against float64 loops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from helpers import assert_close
+from kernel_helpers import (
+    EPSILON,
+    assert_norm_state,
+    check_complex_ema,
+    check_timestep_norm,
+    complex_ema_inputs,
+    run_in_parts,
+    timestep_norm_inputs,
+)
+from onnx import TensorProto, helper
+
+from megalodon_deploy.engine.library import OPERATORS_FILE, OPERATORS_VARIABLE, find_onnxruntime_operators
+from megalodon_deploy.engine.toolchain import build_onnxruntime_operators
+from megalodon_deploy.errors import EngineError
+
+Array = np.ndarray
+FLOAT32 = "float32"
+
+# B, T, D, N: one token and many, N below, at and above the modes of one pass, enough work for several threads.
+CEMA_SIZES = [
+    (4, 1, 1, 1),
+    (3, 1, 130, 16),
+    (2, 1, 1024, 16),
+    (2, 63, 9, 4),
+    (2, 65, 33, 17),
+    (3, 257, 8, 16),
+    (1, 7, 5, 40),
+]
+# B, T, D, G: groups of one scalar and of many, enough work for several threads.
+NORM_SIZES = [(3, 1, 24, 3), (4, 2, 5, 5), (2, 1, 1024, 32), (2, 65, 66, 6), (3, 257, 10, 5), (1, 600, 96, 2)]
+
+
+class CompiledOperators:
+    """Each operator as a model of one node, whose every tensor is an input."""
+
+    def __init__(self, library: Path) -> None:
+        self._library = library
+        self._sessions: dict[str, onnxruntime.InferenceSession] = {}
+
+    def complex_ema(self, dtype: str, inputs: Sequence[Array]) -> tuple[Array, Array]:
+        """`inputs` in the operator's order, with q instead of its powers."""
+        assert dtype == FLOAT32
+        *before, q, gamma, omega = inputs
+        unused = np.full_like(q, np.nan)  # higher powers are for those who work in blocks
+        return self._run("ComplexEMA", [*before, np.stack([q, unused]), gamma, omega])
+
+    def timestep_norm(self, dtype: str, inputs: Sequence[Array]) -> tuple[Array, Array]:
+        assert dtype == FLOAT32
+        return self._run("TimestepNorm", inputs)
+
+    def _run(self, op_type: str, inputs: Sequence[Array]) -> tuple[Array, Array]:
+        if op_type not in self._sessions:
+            self._sessions[op_type] = self._load(op_type, inputs)
+        feed = {f"input{i}": array for i, array in enumerate(inputs)}
+        y, present = self._sessions[op_type].run(None, feed)
+        return y, present
+
+    def _load(self, op_type: str, inputs: Sequence[Array]) -> onnxruntime.InferenceSession:
+        kinds = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int64): TensorProto.INT64}
+        values = [
+            helper.make_tensor_value_info(f"input{i}", kinds[array.dtype], [None] * array.ndim)
+            for i, array in enumerate(inputs)
+        ]
+        outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("y", "present")]
+        attributes = {"epsilon": EPSILON} if op_type == "TimestepNorm" else {}
+        node = helper.make_node(op_type, [v.name for v in values], ["y", "present"], domain="megalodon", **attributes)
+        opsets = [helper.make_opsetid("", 24), helper.make_opsetid("megalodon", 1)]
+        graph = helper.make_graph([node], "one", values, outputs)
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=11)
+        options = onnxruntime.SessionOptions()
+        options.register_custom_ops_library(str(self._library))
+        options.log_severity_level = 4
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+@pytest.fixture(scope="module")
+def operators() -> CompiledOperators:
+    return CompiledOperators(build_onnxruntime_operators())
+
+
+@pytest.mark.parametrize("sizes", CEMA_SIZES, ids=str)
+def test_complex_ema_matches_float64(operators: CompiledOperators, sizes: tuple[int, ...]) -> None:
+    B, T, D, N = sizes
+    check_complex_ema(operators.complex_ema, FLOAT32, complex_ema_inputs(B=B, T=T, D=D, N=N))
+
+
+@pytest.mark.parametrize("sizes", NORM_SIZES, ids=str)
+def test_timestep_norm_matches_float64(operators: CompiledOperators, sizes: tuple[int, ...]) -> None:
+    B, T, D, G = sizes
+    check_timestep_norm(operators.timestep_norm, FLOAT32, timestep_norm_inputs(B=B, T=T, D=D, G=G))
+
+
+def test_calls_of_any_length_are_the_same(operators: CompiledOperators) -> None:
+    lengths = [1, 1, 13, 25, 1]
+    inputs = complex_ema_inputs(B=2, T=sum(lengths), D=12, N=16)
+    parts, whole = run_in_parts(operators.complex_ema, FLOAT32, inputs, lengths), operators.complex_ema(FLOAT32, inputs)
+    assert_close(parts[0], whole[0], 1e-6, "ComplexEMA")
+    assert_close(parts[1], whole[1], 1e-6, "state of ComplexEMA")
+    inputs = timestep_norm_inputs(B=2, T=sum(lengths), D=12, G=3)
+    (y, present), (whole_y, whole_present) = (
+        run_in_parts(operators.timestep_norm, FLOAT32, inputs, lengths),
+        operators.timestep_norm(FLOAT32, inputs),
+    )
+    assert_close(y, whole_y, 1e-6, "TimestepNorm")
+    assert_norm_state(present, whole_present, 1e-9)
+
+
+def test_a_mean_far_from_zero_loses_nothing(operators: CompiledOperators) -> None:
+    x, past, position, weight, bias = timestep_norm_inputs(B=2, T=9, D=64, G=2)
+    inputs = [x * np.float32(0.01) + 300, past, np.zeros_like(position), weight, bias]
+    y, _ = operators.timestep_norm(FLOAT32, inputs)
+    exact = inputs[0].astype(np.float64).reshape(2, 9, 2, 32)
+    for t in range(9):
+        seen = exact[:, : t + 1].transpose(0, 2, 1, 3).reshape(2, 2, -1)
+        mean, var = seen.mean(-1)[..., None], (seen.reshape(2, 2, t + 1, 32).var(-1).mean(-1))[..., None]
+        between = seen.reshape(2, 2, t + 1, 32).mean(-1).var(-1)[..., None]
+        normal = (exact[:, t] - mean) / np.sqrt(var + between + EPSILON)
+        assert_close(y[:, t], normal.reshape(2, 64) * weight + bias, 2e-4, f"token {t}")
+
+
+@pytest.mark.parametrize("wrong", [1, 2, 3, 4, 5, 6])
+def test_tensors_that_do_not_fit_are_refused(operators: CompiledOperators, wrong: int) -> None:
+    inputs = complex_ema_inputs(B=2, T=3, D=4, N=16)
+    inputs[wrong] = inputs[wrong][:1]
+    with pytest.raises(Exception, match="megalodon operator: expected coefficients of D channels and N modes"):
+        operators.complex_ema(FLOAT32, inputs)
+
+
+def test_the_library_is_found_where_it_was_built_or_named(
+    operators: CompiledOperators, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = find_onnxruntime_operators()
+    assert found is not None
+    assert found.name == OPERATORS_FILE
+    monkeypatch.setenv(OPERATORS_VARIABLE, str(tmp_path / "missing.so"))
+    with pytest.raises(EngineError, match=f"{OPERATORS_VARIABLE} = .*missing.so: no such file"):
+        find_onnxruntime_operators()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,15 @@ from polygraphy.backend.onnxrt import SessionFromOnnx, session_from_onnx
 from megalodon_deploy.bundle import Bundle, Precision
 from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.export.precision import write_widened
-from megalodon_deploy.runtime.saved_stream import SavedStream
-from megalodon_deploy.runtime.session import Session, open_session
-from megalodon_deploy.runtime.stream import Stream
-from megalodon_deploy.state import LOGITS, state_specs
+from megalodon_deploy.runtime.session import open_session
 from megalodon_deploy.verify.compare import Contract
 from megalodon_deploy.verify.comparison import Candidate, RunnerFactory
 from megalodon_deploy.verify.onnx_values import OrtValueRunner
 from megalodon_deploy.verify.reference import Start
 from megalodon_deploy.verify.report import NotRun
-from megalodon_deploy.verify.runners import CarriedRunner, StreamRunner
+from megalodon_deploy.verify.runners import CarriedRunner
 from megalodon_deploy.verify.schedule import Schedule
+from megalodon_deploy.verify.session_runner import SessionRunner
 from megalodon_deploy.verify.tolerance import ROW_KINDS, tolerances
 
 ACTIVATIONS: dict[Precision, np.dtype] = {
@@ -100,7 +98,15 @@ def carried_candidate(
 
         def make_runner(schedule: Schedule, start: Start) -> CarriedRunner:
             runner = single(load_once)
-            return CarriedRunner(runner, config, schedule, start, activation=contract.activation, name=name)
+            return CarriedRunner(
+                runner,
+                config,
+                positions=schedule.start_positions,
+                start=start,
+                num_rows=schedule.memory_rows,
+                activation=contract.activation,
+                name=name,
+            )
 
         return make_runner
 
@@ -121,59 +127,6 @@ def _session_candidate(bundle: Bundle, backend: str) -> Candidate:
         load_once = functools.cache(lambda: open_session(bundle, backend))
         return lambda schedule, start: SessionRunner(load_once, schedule, start, name=name)
 
-    return Candidate(name, f"Session and Stream of the runtime, {precision}", contract, open_runtime)
-
-
-class SessionRunner(StreamRunner):
-    """Streams of the public runtime: admitted, resumed, fed together, retired when a row starts over."""
-
-    def __init__(self, load: Callable[[], Session], schedule: Schedule, start: Start, *, name: str) -> None:
-        super().__init__(name=name)
-        self._load = load
-        self._schedule = schedule
-        self._start = start
-
-    def activate_impl(self) -> None:
-        with self.failing("cannot be loaded"):
-            self._session = self._load()
-            self._batch = self._session.batch(self._schedule.batch)
-            self._streams = [self._admit(row, at) for row, at in enumerate(self._schedule.start_positions)]
-
-    def deactivate_impl(self) -> None:
-        del self._session, self._batch, self._streams
-
-    def call(self, tokens_BT: np.ndarray, position_B: np.ndarray, capacity: int) -> Mapping[str, np.ndarray]:
-        with self.failing("cannot run"):
-            for row, position in enumerate(position_B.tolist()):
-                if position == 0 and self._streams[row].position:
-                    self._batch.retire(self._streams[row])
-                    self._streams[row] = self._batch.admit()
-            logits = self._batch.feed(dict(zip(self._streams, tokens_BT.tolist(), strict=True)))
-            states = [stream.snapshot().tensors for stream in self._streams]
-        outputs = {LOGITS: np.stack([logits[stream] for stream in self._streams])[:, None]}
-        for spec in state_specs(self._session.config):
-            if not spec.is_rows:
-                outputs[spec.present] = np.concatenate([state[spec.past] for state in states])
-        return outputs
-
-    def _admit(self, row: int, position: int) -> Stream:
-        """A fresh stream, or one that goes on from the schedule's start."""
-        if position == 0:
-            return self._batch.admit()
-        config = self._session.config
-        used = position % config.chunk_size
-        tensors = {}
-        for spec in state_specs(config):
-            mine = self._start[spec.past][row : row + 1]
-            dtype = spec.numpy_dtype(self._session.activation)
-            tensors[spec.past] = mine[:, :, :used].astype(dtype) if spec.is_rows else mine
-        saved = SavedStream(
-            fingerprint=self._session.bundle.manifest.fingerprint,
-            position=position,
-            tensors=tensors,
-            recent=(),
-            pending=(),
-            logits=np.zeros(config.vocab_size, np.float32),  # of the token before; nobody asks for them
-            generator=None,
-        )
-        return self._batch.admit(resume=saved)
+    return Candidate(
+        name, f"Session and Stream of the runtime, {precision}", contract, open_runtime, keeps_streams=True
+    )

@@ -2,7 +2,8 @@
 
 Stock comparison passes an element when its absolute or its relative error is small, and only warns about an output
 that one side lacks. Here a call passes when every tensor of the contract is there with its shape and dtype, nothing
-else is, every number is finite, and no error exceeds its tolerance: `not (error <= tolerance)` is a miss.
+else is, every number is finite, and neither the worst element's error nor the whole tensor's exceeds the tolerance:
+`not (error <= tolerance)` is a miss.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from typing import Protocol
 
 import numpy as np
 
 from megalodon_deploy.bundle import LogitsMode
 from megalodon_deploy.config import MegalodonConfig
-from megalodon_deploy.state import LOGITS, StateSpec, concrete_shape, state_specs, unpack_norm
+from megalodon_deploy.state import LOGITS, StateSpec, concrete_shape, state_specs
+from megalodon_deploy.verify.finding import Finding
+from megalodon_deploy.verify.measure import measure
 from megalodon_deploy.verify.schedule import Call, Schedule
-from megalodon_deploy.verify.tolerance import ROW_KINDS, SCALE_FLOOR, TensorKind, norm_tolerance
+from megalodon_deploy.verify.tolerance import norm_tolerance
 
 
 class CallResult(Protocol):
@@ -35,7 +38,7 @@ class Contract:
 
     logits: LogitsMode
     activation: np.dtype
-    tolerances: Mapping[TensorKind, float]
+    tolerances: Mapping[str, float]  # by kind
     hidden: frozenset[str] = frozenset()  # kinds of the state table that it does not show
 
 
@@ -47,48 +50,6 @@ class ExpectedTensor:
     kind: str  # of the state table, or "logits"
     shape: tuple[int, ...]
     dtype: np.dtype
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One tensor of one call, compared. Where `problem` is set, the numbers after it mean nothing."""
-
-    schedule: str
-    call: int
-    reference: str
-    candidate: str
-    tensor: str
-    kind: str
-    problem: str | None = None
-    error: float = 0.0  # over the scale of the reference, at the worst element
-    tolerance: float = 0.0
-    absolute_error: float = 0.0
-    expected: float = 0.0
-    found: float = 0.0
-    index: tuple[int, ...] = ()  # of the worst element
-    position: int | None = None  # of the token in its stream to which that element belongs
-
-    @property
-    def passed(self) -> bool:
-        return self.problem is None and self.error <= self.tolerance
-
-    @property
-    def share(self) -> float:
-        """Error over tolerance; infinite where nothing could be compared."""
-        return float("inf") if self.problem is not None else self.error / self.tolerance
-
-    def __bool__(self) -> bool:
-        return self.passed
-
-    def describe(self) -> str:
-        """One line for a person."""
-        where = f"{self.tensor} in call {self.call} of schedule {self.schedule}, {self.candidate}"
-        if self.problem is not None:
-            return f"{where}: {self.problem}"
-        return (
-            f"{where}: error {self.error:.2g} against {self.reference}, tolerance {self.tolerance:.2g}, "
-            f"at index {list(self.index)} (token {self.position}): {self.found:.6g} instead of {self.expected:.6g}"
-        )
 
 
 def expected_outputs(config: MegalodonConfig, call: Call, contract: Contract) -> dict[str, ExpectedTensor]:
@@ -165,7 +126,7 @@ class ContractCompare:
     ) -> Iterator[Finding]:
         problem = _problem(wanted, found)
         if problem is not None or wanted is None or found is None:
-            yield replace(blank, problem=problem)
+            yield replace(blank, problem=problem, missed_rows=_broken_rows(found, len(self._schedule.start_positions)))
             return
         expected = np.asarray(references[wanted.name])
         if wanted.kind == "logits":
@@ -175,11 +136,11 @@ class ContractCompare:
             yield replace(blank, problem="the reference itself is not finite: check the weights")
             return
         call = self._schedule.calls[blank.call]
-        for measured in _measure(wanted.kind, expected, found, self._config.norm_eps):
+        for measured in measure(wanted.kind, expected, found, self._config.norm_eps):
             tolerance_B = self._tolerance(measured.kind, blank)
             yield measured.finding(blank, tolerance_B, call)
 
-    def _tolerance(self, kind: TensorKind, blank: Finding) -> np.ndarray:
+    def _tolerance(self, kind: str, blank: Finding) -> np.ndarray:
         """[B], because a norm's tolerance depends on how long a row's stream is."""
         call, fed = self._schedule.calls[blank.call], self._fed_tokens[blank.call]
         tolerance = self._contracts[blank.candidate].tolerances[kind]
@@ -205,52 +166,8 @@ def _problem(wanted: ExpectedTensor | None, found: np.ndarray | None) -> str | N
     return None
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """Two arrays of one kind, and the size that an error is held against; rows of the batch come first."""
-
-    kind: TensorKind
-    expected: np.ndarray
-    found: np.ndarray
-    scale: np.ndarray  # broadcasts against them
-
-    def finding(self, blank: Finding, tolerance_B: np.ndarray, call: Call) -> Finding:
-        """The worst element: the one with the largest share of its tolerance."""
-        absolute = np.abs(self.found - self.expected)
-        error = absolute / self.scale
-        tolerance = np.broadcast_to(tolerance_B.reshape(-1, *[1] * (error.ndim - 1)), error.shape)
-        index = np.unravel_index(int(np.argmax(error / tolerance)), error.shape)
-        return replace(
-            blank,
-            kind=self.kind,
-            error=float(error[index]),
-            tolerance=float(tolerance[index]),
-            absolute_error=float(absolute[index]),
-            expected=float(self.expected[index]),
-            found=float(self.found[index]),
-            index=tuple(int(axis) for axis in index),
-            position=_token_position(self.kind, index, error.shape, call),
-        )
-
-
-def _measure(kind: str, expected: np.ndarray, found: np.ndarray, eps: float) -> Iterator[_Measured]:
-    if kind == "norm":
-        (mean, var), (found_mean, found_var) = unpack_norm(expected), unpack_norm(found)
-        rms = np.sqrt(mean**2 + var + eps)
-        yield _Measured("norm mean", mean, found_mean, rms)
-        yield _Measured("norm var", var, found_var, rms * np.sqrt(var + eps))
-        return
-    # float32 is enough here: the difference of two close float32 numbers is exact
-    expected, found = expected.astype(np.float32, copy=False), found.astype(np.float32, copy=False)
-    scale = np.abs(expected).max(axis=tuple(range(1, expected.ndim)), keepdims=True)
-    yield _Measured(cast(TensorKind, kind), expected, found, np.maximum(scale, SCALE_FLOOR))
-
-
-def _token_position(kind: TensorKind, index: tuple[np.intp, ...], shape: tuple[int, ...], call: Call) -> int:
-    """Which token of its stream the element belongs to; a recurrent tensor belongs to the last one of the call."""
-    token = call.num_tokens - 1
-    if kind == "logits":
-        token += int(index[1]) - (shape[1] - 1)
-    elif kind in ROW_KINDS:
-        token = int(index[2])
-    return call.positions[int(index[0])] + token
+def _broken_rows(found: np.ndarray | None, batch: int) -> tuple[int, ...]:
+    """The rows that are not finite; all where it is something else that is wrong."""
+    if found is None or found.ndim == 0 or len(found) != batch or np.isfinite(found).all():
+        return tuple(range(batch))
+    return tuple(np.flatnonzero(~np.isfinite(found).reshape(batch, -1).all(1)).tolist())

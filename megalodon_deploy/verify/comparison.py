@@ -9,7 +9,8 @@ from polygraphy.comparator import Comparator, RunResults
 from polygraphy.logger import G_LOGGER
 
 from megalodon_deploy.config import MegalodonConfig
-from megalodon_deploy.verify.compare import Contract, ContractCompare, Finding
+from megalodon_deploy.verify.compare import Contract, ContractCompare
+from megalodon_deploy.verify.finding import Finding
 from megalodon_deploy.verify.reference import ReferenceRunner, Start
 from megalodon_deploy.verify.runners import CandidateFailedError, Feed, StreamRunner
 from megalodon_deploy.verify.schedule import Schedule
@@ -31,6 +32,7 @@ class Candidate:
     contract: Contract
     open: Callable[[], RunnerFactory]  # runners of one factory share a loaded model
     max_batch: int | None = None
+    keeps_streams: bool = False  # by itself, so that it can save, fork and move them
 
 
 def reference_efforts(schedule: Schedule) -> list[int]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from megalodon_deploy.verify.compare import Finding
+from megalodon_deploy.verify.diagnosis import Diagnosis, diagnose
+from megalodon_deploy.verify.finding import Finding
 from megalodon_deploy.verify.schedule import Schedule
 from megalodon_deploy.verify.tolerance import KINDS
+
+_MEASURED = ("error", "relative_error", "tolerance", "absolute_error", "expected", "found", "index", "position")
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,20 @@ class VerifyReport:
     def passed(self) -> bool:
         return bool(self.findings) and not self.misses
 
+    @functools.cached_property
+    def diagnoses(self) -> list[Diagnosis]:
+        """What each candidate's misses look like."""
+        return diagnose(self.findings, self.schedules)
+
     def verdict(self) -> str:
-        """One line: the first miss, which lies nearest to the cause, or what was compared."""
+        """One line: what the first candidate's misses look like and the miss nearest to the cause, or what was
+        compared."""
         if not self.findings:
             return "failed: nothing was compared"
         if not self.misses:
             return f"passed: {len(self.findings)} comparisons within tolerance"
-        return f"failed: {self.misses[0].describe()}"
+        first = self.diagnoses[0]
+        return f"failed: {first.name}: {first.explanation}; first {first.first.describe()}"
 
     @staticmethod
     def table_header() -> tuple[str, ...]:
@@ -62,9 +73,10 @@ class VerifyReport:
         """Lines to print below the table: the reference's weights, what was not run, how many comparisons."""
         reference = f"reference: PyTorch in float32, weights of {self.reference['weights']}"
         note = [f"note: {self.reference['note']}"] if self.reference["note"] else []
+        looks_like = [f"looks like {diagnosis.describe()}" for diagnosis in self.diagnoses]
         not_run = [f"not run: {item.what}: {item.why}" for item in self.not_run]
         count = self.verdict() if self.passed else f"{len(self.misses)} of {len(self.findings)} comparisons missed"
-        return [reference, *note, *not_run, f"{count}, {self.seconds:.1f} s"]
+        return [reference, *note, *not_run, *looks_like, f"{count}, {self.seconds:.1f} s"]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything above as JSON values; `comparisons` holds the worst tensor of each kind for every call."""
@@ -80,6 +92,9 @@ class VerifyReport:
             "candidates": self.candidates,
             "num_compared": len(self.findings),
             "worst": [_finding_json(finding) for finding in _worst(self.findings)],
+            "diagnoses": [
+                {"candidate": it.candidate, "name": it.name, "explanation": it.explanation} for it in self.diagnoses
+            ],
             "misses": [_finding_json(finding) for finding in self.misses],
             "comparisons": [_finding_json(finding) for group in by_call.values() for finding in _worst(group)],
             "schedules": [dataclasses.asdict(schedule) for schedule in self.schedules],
@@ -116,6 +131,6 @@ def _finding_json(finding: Finding) -> dict[str, Any]:
     """A finding without the numbers that mean nothing: JSON has no infinity."""
     values = {"passed": finding.passed} | dataclasses.asdict(finding)
     if finding.problem is not None:
-        for name in ("error", "tolerance", "absolute_error", "expected", "found", "index", "position"):
+        for name in _MEASURED:
             del values[name]
     return values

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -31,13 +31,22 @@ class CandidateFailedError(Exception):
 
 def make_feeds(schedule: Schedule, vocab_size: int, seed: int) -> Iterator[dict[str, np.ndarray]]:
     """One feed dict per call, with random tokens."""
-    random = np.random.default_rng(seed)
+    num_tokens = schedule.num_tokens // schedule.batch
+    tokens_BT = np.random.default_rng(seed).integers(0, vocab_size, (schedule.batch, num_tokens), dtype=np.int64)
+    return feeds_of(schedule, tokens_BT)
+
+
+def feeds_of(schedule: Schedule, tokens_BT: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+    """One feed dict per call, with the tokens of all calls [B, T] int64 in a row."""
+    begin = 0
     for call in schedule.calls:
+        end = begin + call.num_tokens
         yield {
-            TOKENS: random.integers(0, vocab_size, (schedule.batch, call.num_tokens), dtype=np.int64),
+            TOKENS: np.ascontiguousarray(tokens_BT[:, begin:end]),
             POSITION: np.array(call.positions, np.int64),
             CAPACITY: np.array(call.capacity, np.int64),
         }
+        begin = end
 
 
 class StreamRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy ships no types
@@ -72,32 +81,35 @@ class StreamRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy ships no typ
 class CarriedRunner(StreamRunner):
     """Streams through a stock runner that knows single calls: ONNX Runtime's or TensorRT's.
 
-    `start` holds the past tensors, by input name, of rows that begin past position 0.
+    `positions` is where the rows begin; `start` holds the past tensors, by input name, of those that begin past
+    position 0. `num_rows` key/value rows are held for each, a chunk of them by default.
     """
 
     def __init__(
         self,
         single: BaseRunner,
         config: MegalodonConfig,
-        schedule: Schedule,
-        start: Mapping[str, np.ndarray],
         *,
+        positions: Sequence[int] = (0,),
+        start: Mapping[str, np.ndarray] | None = None,
+        num_rows: int | None = None,
         activation: np.dtype,
         name: str,
     ) -> None:
         super().__init__(name=name)
         self._single = single
         self._config = config
-        self._schedule = schedule
-        self._start = start
+        self._positions = positions
+        self._start = start or {}
+        self._num_rows = config.chunk_size if num_rows is None else num_rows
         self._activation = activation
 
     def activate_impl(self) -> None:
         self._memory = PoisonedMemory(
             self._config,
-            self._schedule.start_positions,
+            self._positions,
             self._start,
-            num_rows=self._schedule.memory_rows,
+            num_rows=self._num_rows,
             activation=self._activation,
         )
         with self.failing("cannot be loaded"):

@@ -3,19 +3,24 @@
 A schedule is a sequence of calls of the graph, each with the position of every row, the number of tokens and the
 capacity S of the key/value memory. Together the planned schedules cross chunk edges by a whole-chunk prefill, by odd
 splits and by single steps, run rows at different positions in one batch, reset a row, and use S = 0, S = C and
-capacities in between. Rows may start anywhere in a stream: the harness gives both sides the same state there, so
-that an edge at token 2,048, or 2^33 tokens into a stream, costs a few tokens.
+capacities in between. Streams are saved, forked and moved to other slots between calls. Rows may start anywhere in a
+stream: the harness gives both sides the same state there, so that an edge at token 2,048, or 2^33 tokens into a
+stream, costs a few tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.parameters import num_parameters
 
 CapacityRule = Callable[[int, int], int]  # (rows in use, C) -> S
+Handover = Literal["carried", "saved", "forked", "moved"]
+"""How streams come from one call to the next: as they are; through files; as forks of streams that go on otherwise;
+in other slots."""
 
 DEEP_POSITION = 2**33  # beyond int32, and its neighbours are no float32 numbers
 PREFILL_FLOP = 2e12  # bounds the whole-sequence prefill: 20 to 30 s on two cores, a whole chunk of mega200M twice
@@ -24,11 +29,15 @@ _ROW_BUCKET = 16
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the graph: `num_tokens` in every row, from `positions` on, with `capacity` = S key/value rows."""
+    """One call of the graph: `num_tokens` in every row, from `positions` on, with `capacity` = S key/value rows.
+
+    `handover` is for what keeps streams by itself; a graph's state is carried by whoever calls it.
+    """
 
     positions: tuple[int, ...]
     num_tokens: int
     capacity: int
+    handover: Handover = "carried"
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,11 @@ class Schedule:
         return self.batch * sum(call.num_tokens for call in self.calls)
 
     @property
+    def is_for_streams(self) -> bool:
+        """Whether it does what only a keeper of streams can do."""
+        return any(call.handover != "carried" for call in self.calls)
+
+    @property
     def memory_rows(self) -> int:
         """Key/value rows that a caller needs to hold for all calls."""
         return max(
@@ -96,11 +110,12 @@ def rows_in_use(positions: Sequence[int], chunk_size: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Feed:
+class Stretch:
     """Tokens to feed to every row (in as many calls as chunk edges demand), after resetting some rows."""
 
     num_tokens: int
     reset: tuple[int, ...] = ()
+    handover: Handover = "carried"  # into the first of these calls
 
 
 def plan_schedules(config: MegalodonConfig, *, prefill_flop: float = PREFILL_FLOP) -> tuple[Schedule, ...]:
@@ -108,39 +123,62 @@ def plan_schedules(config: MegalodonConfig, *, prefill_flop: float = PREFILL_FLO
     chunk = config.chunk_size
     return (
         _prefill(config, prefill_flop),
-        _walk(
+        walk(
             "batch",
             "three rows at different positions, one of them reset; S = C",
             chunk,
             (max(0, chunk - 3), 0, 5 * chunk + chunk // 4),
-            (_Feed(2), _Feed(1), _Feed(3), _Feed(1, reset=(2,)), _Feed(2)),
-            lambda used, chunk: chunk,
+            (Stretch(2), Stretch(1), Stretch(3), Stretch(1, reset=(2,)), Stretch(2)),
+            whole_chunk,
         ),
-        _walk(
+        walk(
+            "edges",
+            "two rows over C-1, C, C+1 and over 2C; S = C",
+            chunk,
+            (max(0, chunk - 3), max(0, 2 * chunk - 2)),
+            (Stretch(2), Stretch(1), Stretch(1), Stretch(2)),
+            whole_chunk,
+        ),
+        walk(
             "splits",
             "odd splits across a chunk edge; S as small as possible",
             chunk,
             (max(0, chunk - 8),),
-            (_Feed(3), _Feed(7), _Feed(5)),
-            lambda used, chunk: used,
+            (Stretch(3), Stretch(7), Stretch(5)),
+            rows_used,
         ),
-        _walk(
+        walk(
             "steps",
             "single steps at C-2, C-1, C and C+1; S in buckets",
             chunk,
             (max(0, chunk - 2),),
-            tuple(_Feed(1) for _ in range(4)),
-            _bucket,
+            (Stretch(1),) * 4,
+            buckets,
         ),
-        _walk(
+        walk(
             "deep",
             "beyond 2^33 tokens, over a chunk edge; S in buckets",
             chunk,
             (DEEP_POSITION // chunk * chunk + chunk - 1,),
-            (_Feed(1), _Feed(1), _Feed(2)),
-            _bucket,
+            (Stretch(1), Stretch(1), Stretch(2)),
+            buckets,
         ),
+        *(_handed_over(handover, chunk) for handover in _PURPOSES),
     )
+
+
+_PURPOSES: dict[Handover, str] = {
+    "saved": "every stream saved to a file and resumed between calls",
+    "forked": "every stream forked between calls; the original goes on with other tokens and retires",
+    "moved": "every stream moved to another slot between calls",
+}
+
+
+def _handed_over(handover: Handover, chunk: int) -> Schedule:
+    """Three rows, at a chunk edge and off it, handed over before every call but the first; the last one starts over."""
+    stretches = (Stretch(2), Stretch(1, handover=handover), Stretch(3, reset=(2,), handover=handover))
+    starts = (max(0, chunk - 2), 0, 2 * chunk + chunk // 3)
+    return walk(handover, _PURPOSES[handover], chunk, starts, stretches, whole_chunk)
 
 
 def _prefill(config: MegalodonConfig, prefill_flop: float) -> Schedule:
@@ -150,39 +188,51 @@ def _prefill(config: MegalodonConfig, prefill_flop: float) -> Schedule:
     budget_tokens = int(prefill_flop / (2 * num_parameters(config)))
     prefill_tokens = max(1, min(chunk, budget_tokens // 2))
     num_steps = min(4, max(1, budget_tokens // prefill_tokens - 1))
-    feeds = [_Feed(prefill_tokens), *(_Feed(length) for length in (1, 1, 5, 3)[:num_steps])]
-    return _walk(
+    stretches = [Stretch(prefill_tokens), *(Stretch(length) for length in (1, 1, 5, 3)[:num_steps])]
+    return walk(
         "prefill",
         f"prefill of {prefill_tokens} tokens up to a chunk edge, then on from there; S as small as possible",
         chunk,
         (chunk - prefill_tokens,),
-        feeds,
-        lambda used, chunk: used,
+        stretches,
+        rows_used,
     )
 
 
-def _bucket(used: int, chunk_size: int) -> int:
+def rows_used(used: int, chunk_size: int) -> int:
+    """As few rows as the call allows."""
+    return used
+
+
+def whole_chunk(used: int, chunk_size: int) -> int:
+    """Memory for a full chunk, as on a GPU."""
+    return chunk_size
+
+
+def buckets(used: int, chunk_size: int) -> int:
+    """Memory that grows by sixteen rows, as on a CPU."""
     return min(chunk_size, (used // _ROW_BUCKET + 1) * _ROW_BUCKET)
 
 
-def _walk(
+def walk(
     name: str,
     purpose: str,
     chunk_size: int,
     starts: tuple[int, ...],
-    feeds: Sequence[_Feed],
-    capacity: CapacityRule,
+    stretches: Sequence[Stretch],
+    capacity: CapacityRule = whole_chunk,
 ) -> Schedule:
-    """Turn feeds into calls, split where any row reaches a chunk edge."""
-    calls = []
+    """A schedule that feeds `stretches` to rows at `starts`, in calls that end where any row reaches a chunk edge."""
+    calls: list[Call] = []
     positions = starts
-    for feed in feeds:
-        positions = tuple(0 if row in feed.reset else position for row, position in enumerate(positions))
-        left = feed.num_tokens
+    for stretch in stretches:
+        positions = tuple(0 if row in stretch.reset else position for row, position in enumerate(positions))
+        first, left = len(calls), stretch.num_tokens
         while left:
             used = rows_in_use(positions, chunk_size)
             num_tokens = min(left, chunk_size - used)
             calls.append(Call(positions, num_tokens, capacity(used, chunk_size)))
             positions = tuple(position + num_tokens for position in positions)
             left -= num_tokens
+        calls[first] = replace(calls[first], handover=stretch.handover)
     return Schedule(name, purpose, chunk_size, tuple(calls))

@@ -12,7 +12,6 @@ from polygraphy.comparator import RunResults
 
 from megalodon_deploy.bundle import Bundle
 from megalodon_deploy.verify.candidates import ACTIVATIONS, cpu_candidates
-from megalodon_deploy.verify.compare import Finding
 from megalodon_deploy.verify.comparison import (
     Candidate,
     Tick,
@@ -22,6 +21,7 @@ from megalodon_deploy.verify.comparison import (
     run_references,
 )
 from megalodon_deploy.verify.engines import engine_candidates
+from megalodon_deploy.verify.finding import Finding
 from megalodon_deploy.verify.reference import CallByCallRunner, Start, WholeSequenceRunner, make_start
 from megalodon_deploy.verify.report import NotRun, VerifyReport
 from megalodon_deploy.verify.runners import Feed, make_feeds
@@ -50,7 +50,7 @@ def run_verification(bundle: Bundle, ckpt: str | Path | None, progress: Progress
     on_cpu, not_here = cpu_candidates(bundle)
     on_gpu, not_anywhere = engine_candidates(bundle)
     candidates, not_run = on_cpu + on_gpu, not_here + not_anywhere
-    tick = _meter(progress, schedules, len(candidates))
+    tick = _meter(progress, schedules, candidates)
     prepared, source = _compute_references(bundle, ckpt, schedules, tick)
     findings: list[Finding] = []
     for candidate in candidates:
@@ -95,6 +95,8 @@ def _run(
     make_runner = candidate.open()
     for part in prepared:
         schedule = part.schedule
+        if not is_for(schedule, candidate):
+            continue
         if candidate.max_batch is not None and schedule.batch > candidate.max_batch:
             why = f"it takes {candidate.max_batch} rows at most, the schedule has {schedule.batch}"
             not_run.append(NotRun(f"{candidate.name}, schedule {schedule.name}", why))
@@ -104,10 +106,16 @@ def _run(
     return findings, not_run
 
 
-def _meter(progress: Progress | None, schedules: tuple[Schedule, ...], num_candidates: int) -> Tick:
-    total = sum(
-        sum(reference_efforts(schedule)) + num_candidates * sum(candidate_efforts(schedule)) for schedule in schedules
-    )
+def is_for(schedule: Schedule, candidate: Candidate) -> bool:
+    """Whether the candidate can do what the schedule asks for."""
+    return candidate.keeps_streams or not schedule.is_for_streams
+
+
+def _meter(progress: Progress | None, schedules: tuple[Schedule, ...], candidates: Sequence[Candidate]) -> Tick:
+    total = 0
+    for schedule in schedules:
+        num_runs = sum(is_for(schedule, candidate) for candidate in candidates)
+        total += sum(reference_efforts(schedule)) + num_runs * sum(candidate_efforts(schedule))
     done = 0
 
     def tick(who: str, effort: int) -> None:

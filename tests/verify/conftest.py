@@ -19,8 +19,9 @@ from megalodon_deploy.model.checkpoint import save_checkpoint
 from megalodon_deploy.model.megalodon import Megalodon
 from megalodon_deploy.state import LOGITS, POSITION, TOKENS, state_specs
 from megalodon_deploy.verify.candidates import carried_candidate
-from megalodon_deploy.verify.compare import Contract, Finding
+from megalodon_deploy.verify.compare import Contract
 from megalodon_deploy.verify.comparison import compare_candidate, run_references
+from megalodon_deploy.verify.finding import Finding
 from megalodon_deploy.verify.reference import CallByCallRunner, WholeSequenceRunner, make_start
 from megalodon_deploy.verify.runners import make_feeds
 from megalodon_deploy.verify.schedule import Schedule

@@ -10,7 +10,8 @@ from helpers import small_config
 from polygraphy.comparator import IterationResult
 
 from megalodon_deploy.state import LOGITS, concrete_shape, pack_norm, state_specs
-from megalodon_deploy.verify.compare import Contract, ContractCompare, Finding
+from megalodon_deploy.verify.compare import Contract, ContractCompare
+from megalodon_deploy.verify.finding import Finding
 from megalodon_deploy.verify.schedule import Call, Schedule
 from megalodon_deploy.verify.tolerance import norm_tolerance, tolerances
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,9 +17,12 @@ from megalodon_deploy.engine.profile import optimization_profile
 from megalodon_deploy.errors import EngineError
 from megalodon_deploy.runtime.executors.base import Executor, SlotMemory
 from megalodon_deploy.runtime.sampling import Choice
+from megalodon_deploy.runtime.saved_stream import SavedStream
 from megalodon_deploy.runtime.session import Session, open_session
+from megalodon_deploy.runtime.stream import Stream
 from megalodon_deploy.verify import candidates, engines, verify_bundle
-from megalodon_deploy.verify.compare import Finding
+from megalodon_deploy.verify.finding import Finding
+from megalodon_deploy.verify.session_runner import SessionRunner
 
 
 class WrongMemory:
@@ -85,19 +89,67 @@ class WrongExecutor:
         return self._memory(self._right.open_slots(num_slots))
 
 
+class LostState(WrongMemory):
+    """A call that does not know what the one before it left."""
+
+    def run(self, rows: slice, tokens_BT: np.ndarray, position_B: np.ndarray) -> None:
+        before = [self.read(slot, int(position)) for slot, position in enumerate(position_B)]
+        for slot, tensors in enumerate(before):
+            tensors = {name: array * (0 if "cema" in name else 1) for name, array in tensors.items()}
+            self.write(slot, int(position_B[slot]), tensors)
+        super().run(rows, tokens_BT, position_B)
+
+
 @pytest.mark.parametrize(
-    ("memory", "schedule"), [(StaleLogits, "prefill"), (NoFreshStart, "batch"), (MovedRows, "splits")]
+    ("memory", "schedule", "name"),
+    [
+        (StaleLogits, "prefill", "logits"),
+        (NoFreshStart, "batch", "stale slot"),
+        (MovedRows, "splits", "state not carried"),
+        (LostState, "steps", "state not carried"),
+    ],
 )
 def test_a_wrong_runtime_over_a_right_graph_is_a_miss(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, memory: Callable[[SlotMemory], SlotMemory], schedule: str
+    bundle: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+    memory: Callable[[SlotMemory], SlotMemory],
+    schedule: str,
+    name: str,
 ) -> None:
     def open_wrong(bundle: Bundle, backend: str) -> Session:
         return Session(bundle, WrongExecutor(open_session(bundle, backend).executor, memory))
 
     monkeypatch.setattr(candidates, "open_session", open_wrong)
-    misses = verify_bundle(bundle).misses
-    assert {miss.candidate for miss in misses} == {"onnxruntime session"}
-    assert schedule in {miss.schedule for miss in misses}
+    report = verify_bundle(bundle)
+    assert {miss.candidate for miss in report.misses} == {"onnxruntime session"}
+    assert schedule in {miss.schedule for miss in report.misses}
+    assert name in report.diagnoses[0].name
+
+
+@pytest.mark.parametrize("how", ["saved", "forked", "moved"])
+def test_a_stream_that_is_handed_over_wrongly_is_a_miss_of_that_name(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    def wrongly(saved: SavedStream) -> SavedStream:
+        tensors = {name: array * (1.01 if "cema" in name else 1) for name, array in saved.tensors.items()}
+        return dataclasses.replace(saved, tensors=tensors)
+
+    if how == "saved":
+        write = SavedStream.write
+        monkeypatch.setattr(SavedStream, "write", lambda saved, *to: write(wrongly(saved), *to))
+    elif how == "forked":
+        monkeypatch.setattr(Stream, "fork", lambda stream: stream._session.stream(resume=wrongly(stream.snapshot())))
+    else:
+        change = SessionRunner._change_slots
+
+        def change_two(runner: SessionRunner) -> None:
+            change(runner)
+            runner._streams[:2] = runner._streams[1::-1]
+
+        monkeypatch.setattr(SessionRunner, "_change_slots", change_two)
+    (diagnosis,) = verify_bundle(bundle).diagnoses
+    assert diagnosis.candidate == "onnxruntime session"
+    assert diagnosis.name == f"{how} streams"
 
 
 def test_a_runtime_that_cannot_open_the_bundle_is_a_miss(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,4 +215,9 @@ def test_with_a_gpu_an_engine_is_run_and_one_that_fails_is_a_miss(
     misses: list[Finding] = report.misses
     assert {(miss.candidate, miss.tensor) for miss in misses} == {("engine a", "all outputs")}
     assert "sha256" in misses[0].describe()
-    assert {item.what for item in report.not_run} == {"engine b", "engine c", "engine a, schedule batch"}
+    assert {item.what for item in report.not_run} == {
+        "engine b",
+        "engine c",
+        "engine a, schedule batch",
+        "engine a, schedule edges",
+    }

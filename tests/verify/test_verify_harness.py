@@ -9,7 +9,7 @@ import pytest
 from helpers import small_config
 
 from megalodon_deploy.state import LOGITS, POSITION, TOKENS, zero_state
-from megalodon_deploy.verify.compare import Finding
+from megalodon_deploy.verify.finding import Finding
 from megalodon_deploy.verify.memory import STALE_MAGNITUDE, PoisonedMemory
 from megalodon_deploy.verify.schedule import plan_schedules
 

@@ -1,0 +1,74 @@
+"""One compared tensor of one call, and how to say so to a person."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_WORDS = {
+    "key": "keys of layer {}",
+    "value": "values of layer {}",
+    "key_scale": "scales of the keys of layer {}",
+    "value_scale": "scales of the values of layer {}",
+    "cema": "moving-average state of layer {}",
+    "norm": "norm statistics of layer {}",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One tensor of one call, compared. Where `problem` is set, the numbers after it mean nothing.
+
+    Two errors are held against one tolerance, and both must keep it: `error` at the worst element, over the largest
+    magnitude of the reference, and `relative_error` of the whole tensor, norm over norm.
+    """
+
+    schedule: str
+    call: int
+    reference: str
+    candidate: str
+    tensor: str
+    kind: str
+    problem: str | None = None
+    missed_rows: tuple[int, ...] = ()  # rows of the batch that are not right
+    hint: str = ""  # what the two arrays say about the cause
+    error: float = 0.0  # over the scale of the reference, at the worst element
+    relative_error: float = 0.0  # of the worst row of the batch
+    tolerance: float = 0.0
+    absolute_error: float = 0.0
+    expected: float = 0.0
+    found: float = 0.0
+    index: tuple[int, ...] = ()  # of the worst element
+    position: int | None = None  # of the token in its stream to which that element belongs
+
+    @property
+    def passed(self) -> bool:
+        return self.problem is None and self.error <= self.tolerance and self.relative_error <= self.tolerance
+
+    @property
+    def share(self) -> float:
+        """Error over tolerance; infinite where nothing could be compared."""
+        return float("inf") if self.problem is not None else max(self.error, self.relative_error) / self.tolerance
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    def describe(self) -> str:
+        """One line for a person."""
+        where = f"{in_words(self.tensor)} in call {self.call} of schedule {self.schedule}, {self.candidate}"
+        if self.problem is not None:
+            return f"{where}: {self.problem}"
+        return (
+            f"{where}: error {max(self.error, self.relative_error):.2g} against {self.reference}, "
+            f"tolerance {self.tolerance:.2g}, at index {list(self.index)} (token {self.position}): "
+            f"{self.found:.6g} instead of {self.expected:.6g}"
+        )
+
+
+def in_words(tensor: str) -> str:
+    """`present_cema.1` -> `moving-average state of layer 1 (present_cema.1)`; other names as they are."""
+    stem, _, layer = tensor.rpartition(".")
+    kind = stem.removeprefix("new_").removeprefix("present_")
+    if kind == stem or kind not in _WORDS:
+        return tensor
+    words = "statistics of the final norm" if layer == "final" else _WORDS[kind].format(layer)
+    return f"{words} ({tensor})"

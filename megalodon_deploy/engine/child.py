@@ -60,14 +60,14 @@ def _environment(flavour: Flavour, folder: Path) -> dict[str, str]:
     """TensorRT-RTX's parser opens a library by a name that its package lacks, and aborts: provide the name."""
     info = FLAVOURS[flavour]
     environment = dict(os.environ, POLYGRAPHY_USE_TENSORRT_RTX=str(int(flavour == "tensorrt-rtx")))
-    if info.parser_needs and (library := _library(info.library_package, info.parser_needs)):
+    if info.parser_needs and (library := find_library(info.library_package, info.parser_needs)):
         (folder / info.parser_needs).symlink_to(library)
         paths = [str(folder), *filter(None, [environment.get("LD_LIBRARY_PATH")])]
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(paths)
     return environment
 
 
-def _library(package: str, name: str) -> Path | None:
+def find_library(package: str, name: str) -> Path | None:
     """The file `name.*` in an installed package; None where TensorRT did not come as that package."""
     spec = find_spec(package)
     folders = spec.submodule_search_locations if spec else None

@@ -37,10 +37,25 @@ def verify_bundle(
     that lacks weights, `MissingDependencyError` without the packages of the extra `verify`. A miss is not raised: the
     report's `passed` says it.
     """
+    _require_packages()
+    from megalodon_deploy.verify.verification import run_verification
+
+    return run_verification(bundle, ckpt, progress)
+
+
+def emit_polygraphy(bundle: Bundle, directory: str | Path, *, ckpt: str | Path | None = None) -> None:
+    """Write what the stock `polygraphy` tool needs to check a bundle: see `megalodon_deploy.verify.polygraphy_files`.
+
+    Raises `UserError` when `directory` exists, and for a bf16 bundle.
+    """
+    _require_packages()
+    from megalodon_deploy.verify.polygraphy_files import write_polygraphy_files
+
+    write_polygraphy_files(bundle, Path(directory), ckpt)
+
+
+def _require_packages() -> None:
     if missing := [package for package in _PACKAGES if find_spec(package) is None]:
         raise MissingDependencyError(
             f"verify needs {', '.join(missing)}: install with `pip install 'megalodon-deploy[verify]'`"
         )
-    from megalodon_deploy.verify.verification import run_verification
-
-    return run_verification(bundle, ckpt, progress)

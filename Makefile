@@ -8,19 +8,21 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 SOURCES := megalodon_deploy tests examples benchmarks plugins
 
-.PHONY: demo test lint types plugins sanitize package clean help
+.PHONY: demo test lint types plugins resources sanitize mutants package clean help
 
 help:
 	@echo "make demo     train, export, verify, build and stream a small model (about 6 minutes after set-up)"
 	@echo "make test     lint, types, C++ build, all tests"
 	@echo "make plugins  the compiled libraries: CUDA kernels and TensorRT plugins, operators for ONNX Runtime"
 	@echo "make sanitize the emulated kernels and the plugins under AddressSanitizer and UBSan (part of make test)"
+	@echo "make mutants  takes each barrier, mask and bound check out of the kernels and sees that a test fails (an hour)"
+	@echo "make resources  registers, stack and shared memory of every kernel on every GPU"
 	@echo "make package  wheel and source distribution, in dist"
 
 demo: $(INSTALLED) plugins
 	$(BIN)/python examples/demo.py
 
-test: lint types plugins
+test: lint types plugins resources
 	$(BIN)/pytest
 
 lint: $(INSTALLED)
@@ -35,8 +37,14 @@ plugins: $(INSTALLED)
 	$(BIN)/python -m megalodon_deploy.engine.toolchain build-cpu
 	$(BIN)/python -m megalodon_deploy.engine.toolchain build-plugins
 
+resources: plugins
+	$(BIN)/python plugins/tests/kernel_resources.py
+
 sanitize: $(INSTALLED)
 	$(BIN)/pytest tests/plugins/test_sanitizers.py
+
+mutants: $(INSTALLED)
+	$(BIN)/python plugins/tests/mutate.py --report build/mutants.md
 
 package: $(INSTALLED)
 	$(BIN)/python -m build

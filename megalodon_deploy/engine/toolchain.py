@@ -186,12 +186,14 @@ def build_plugins(
     architectures: str | None = None,
     warnings_as_errors: bool = False,
     download: bool = False,
+    cmake_arguments: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Path:
     """Compile libmegalodon.so and libmegalodon_register.so; returns the former. Nothing is done twice.
 
-    `architectures` is CMake's list (default: every target), `download` allows fetching the TensorRT headers. Raises
-    `MissingDependencyError` naming a missing tool, `EngineError` when the compilation fails.
+    `architectures` is CMake's list (default: every target), `download` allows fetching the TensorRT headers,
+    `cmake_arguments` come last and win. Raises `MissingDependencyError` naming a missing tool, `EngineError` when the
+    compilation fails.
     """
     report = progress or (lambda stage, fraction: None)
     cuda = find_cuda()
@@ -205,7 +207,7 @@ def build_plugins(
         f"-DCMAKE_COMPILE_WARNING_AS_ERROR={'ON' if warnings_as_errors else 'OFF'}",
     ]
     folder = build_dir or default_build_dir()
-    _build(folder, source_dir, arguments, report)
+    _build(folder, source_dir, [*arguments, *cmake_arguments], report)
     return folder / LIBRARY_FILE
 
 
@@ -213,25 +215,21 @@ def build_emulated(
     build_dir: Path,
     *,
     source_dir: Path | None = None,
-    sanitize: bool = False,
-    cross: Path | None = None,
+    cmake_arguments: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Path:
     """Compile the kernels for the CPU, for tests; needs no CUDA. Returns the path of the library.
 
-    The TensorRT plugins are in it only where TensorRT's and CUDA's headers are found. Warnings are errors. `sanitize`
-    adds AddressSanitizer and UndefinedBehaviorSanitizer; `cross` is a CMake toolchain file for another machine.
+    The TensorRT plugins are in it only where TensorRT's and CUDA's headers are found. Warnings are errors.
+    `cmake_arguments` come last: -DMEGALODON_SANITIZE=ON, or the toolchain file of another machine.
     """
     arguments = ["-DMEGALODON_EMULATE=ON", "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON"]
-    arguments += [f"-DMEGALODON_SANITIZE={'ON' if sanitize else 'OFF'}"]
-    if cross is not None:
-        arguments += [f"-DCMAKE_TOOLCHAIN_FILE={cross}"]
     try:
         arguments += [f"-DMEGALODON_TENSORRT_INCLUDE={find_tensorrt_headers()}"]
         arguments += [f"-DMEGALODON_CUDA_INCLUDE={find_cuda().root / 'include'}"]
     except MissingDependencyError:
         pass  # CMakeLists.txt leaves the plugins out
-    _build(build_dir, source_dir, arguments, progress or (lambda stage, fraction: None))
+    _build(build_dir, source_dir, [*arguments, *cmake_arguments], progress or (lambda stage, fraction: None))
     return build_dir / EMULATED_FILE
 
 

@@ -6,14 +6,15 @@ margins, so that the first byte outside a tensor is an error.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from sanitizers import sanitizer_environment
 
 from megalodon_deploy.engine.toolchain import build_emulated
+from megalodon_deploy.errors import MissingDependencyError
 
 CHECKS = sorted(Path(__file__).parent.glob("test_emulated_*.py"))
 LONGEST_SECONDS = 600
@@ -21,21 +22,15 @@ LONGEST_SECONDS = 600
 
 @pytest.fixture(scope="session")
 def sanitized_path(repository: Path) -> Path:
-    return build_emulated(repository / "build" / "sanitized", sanitize=True)
+    return build_emulated(repository / "build" / "sanitized", cmake_arguments=["-DMEGALODON_SANITIZE=ON"])
 
 
 @pytest.fixture(scope="session")
 def environment(sanitized_path: Path) -> dict[str, str]:
-    """For a Python process that loads the sanitized library: the sanitizers come before everything else."""
-    names = ("libasan.so", "libubsan.so")
-    found = [
-        subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-        for name in names
-    ]
-    if found == list(names):
-        pytest.skip("the C++ compiler has no sanitizer libraries")
-    options = {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0", "MEGALODON_TEST_MARGIN": "0"}
-    return os.environ | options | {"MEGALODON_EMULATED_LIBRARY": str(sanitized_path), "PYTHONMALLOC": "malloc"}
+    try:
+        return sanitizer_environment(sanitized_path)
+    except MissingDependencyError as error:
+        pytest.skip(str(error))
 
 
 def test_programs(sanitized_path: Path) -> None:

@@ -1,0 +1,211 @@
+"""Take each barrier, mask and bound check out of the kernels in turn and see that an emulation check notices.
+
+    python plugins/tests/mutate.py [--sample N] [--only TEXT] [--jobs N] [--report FILE] [--list]
+
+A mutant is killed when a check of its operator (`tests/plugins/test_emulated_*.py`) fails, when the process dies or
+when it runs far longer than it should. The kernels are compiled as in CI: plainly, and for the sanitizers. The
+mutants that may survive stand in mutants_allowed.toml with the reason. Exit code 1 when another one survives, or when
+an allowed one is killed or gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from mutant_builder import PLUGINS, Builder, sources_of_kernels
+from mutants import Mutant, find_mutants
+from sanitizers import FLAGS, sanitizer_environment
+
+CHECKS = PLUGINS.parent / "tests" / "plugins"
+ALLOWED = Path(__file__).with_name("mutants_allowed.toml")
+BUILD = PLUGINS.parent / "build" / "mutants"
+LONGEST_SECONDS = 300
+KILLED, SURVIVED, BROKEN = "killed", "survived", "does not compile"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    mutant: Mutant
+    status: str
+
+
+def all_mutants() -> list[Mutant]:
+    """Of every header that kernels consist of."""
+    found = []
+    for path in sources_of_kernels():
+        found += find_mutants(str(path.relative_to(PLUGINS)), path.read_text())
+    return found
+
+
+def sample_of(mutants: Sequence[Mutant], count: int) -> list[Mutant]:
+    """`count` mutants, the same ones each time, kinds in turn."""
+    ordered = sorted(mutants, key=lambda mutant: hashlib.sha256(mutant.key.encode()).digest())
+    rank: Counter[str] = Counter()
+    keyed = []
+    for mutant in ordered:
+        keyed.append((rank[mutant.kind], mutant.kind, mutant))
+        rank[mutant.kind] += 1
+    return [mutant for _, _, mutant in sorted(keyed, key=lambda entry: entry[:2])[:count]]
+
+
+def allowed_survivors() -> dict[str, str]:
+    """Reason by key."""
+    entries = tomllib.loads(ALLOWED.read_text(encoding="utf-8")).get("mutant", [])
+    return {entry["key"]: entry["reason"] for entry in entries}
+
+
+def checks_of(operator: str) -> list[Path]:
+    """The check files that name the operator; all of them for what every operator uses."""
+    files = sorted(CHECKS.glob("test_emulated_*.py"))
+    return [file for file in files if operator in file.read_text()] or files
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One way in which the kernels are compiled and checked."""
+
+    builder: Builder
+    environment: Callable[[Path], dict[str, str]]  # of a process that loads this library
+
+    def passes(self, library: Path, operator: str) -> bool:
+        """Whether every check of `operator` passes with `library`."""
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *map(str, checks_of(operator))]
+        environment = self.environment(library) | {"OMP_NUM_THREADS": "1"}
+        try:
+            done = subprocess.run(
+                command,
+                env=environment,
+                cwd=PLUGINS.parent,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                check=False,
+                timeout=LONGEST_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            return False
+        return done.returncode == 0
+
+
+def plain_environment(library: Path) -> dict[str, str]:
+    return os.environ | {"MEGALODON_EMULATED_LIBRARY": str(library)}
+
+
+def stages() -> list[Stage]:
+    """Plain first: it is faster, and few mutants are left for the sanitizers."""
+    return [
+        Stage(Builder(BUILD / "plain", []), plain_environment),
+        Stage(Builder(BUILD / "sanitized", FLAGS), sanitizer_environment),
+    ]
+
+
+def try_mutant(all_stages: Sequence[Stage], mutant: Mutant) -> Outcome:
+    for stage in all_stages:
+        with stage.builder.mutant(mutant) as library:
+            if library is None:
+                return Outcome(mutant, BROKEN)
+            if not stage.passes(library, mutant.operator):
+                return Outcome(mutant, KILLED)
+    return Outcome(mutant, SURVIVED)
+
+
+def check_originals(all_stages: Sequence[Stage], operators: Iterable[str]) -> None:
+    """Raises RuntimeError when checks fail on the kernels as they are: no mutant could be told from that."""
+    for stage in all_stages:
+        for operator in operators:
+            if not stage.passes(stage.builder.original(), operator):
+                raise RuntimeError(f"the checks of {operator} fail on the kernels as they are: {stage.builder.folder}")
+
+
+def run(all_stages: Sequence[Stage], mutants: Sequence[Mutant], jobs: int) -> list[Outcome]:
+    """Outcomes in the order of `mutants`."""
+    outcomes = []
+    with ThreadPoolExecutor(jobs) as pool:
+        for outcome in pool.map(lambda mutant: try_mutant(all_stages, mutant), mutants):
+            outcomes.append(outcome)
+            mutant = outcome.mutant
+            print(f"[{len(outcomes)}/{len(mutants)}] {outcome.status}: {mutant.key} (line {mutant.line})", flush=True)
+    return outcomes
+
+
+def table(outcomes: Sequence[Outcome], allowed: dict[str, str]) -> str:
+    """Counts by operator and kind, in Markdown."""
+    lines = [
+        "| operator | removed | mutants | killed | explained | survived |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    groups = sorted({(outcome.mutant.operator, outcome.mutant.kind) for outcome in outcomes})
+    for operator, kind in [*groups, ("all", "")]:
+        chosen = [
+            outcome
+            for outcome in outcomes
+            if outcome.status != BROKEN
+            and (operator == "all" or (outcome.mutant.operator, outcome.mutant.kind) == (operator, kind))
+        ]
+        killed = sum(outcome.status == KILLED for outcome in chosen)
+        explained = sum(outcome.status == SURVIVED and outcome.mutant.key in allowed for outcome in chosen)
+        counts = (len(chosen), killed, explained, len(chosen) - killed - explained)
+        lines.append(f"| {operator} | {kind} | " + " | ".join(map(str, counts)) + " |")
+    return "\n".join(lines)
+
+
+def complaints(outcomes: Sequence[Outcome], mutants: Sequence[Mutant], allowed: dict[str, str]) -> list[str]:
+    """What is wrong: unexplained survivors, and explanations of what is killed or gone."""
+    wrong = [
+        f"survived: {outcome.mutant.key} (line {outcome.mutant.line})"
+        for outcome in outcomes
+        if outcome.status == SURVIVED and outcome.mutant.key not in allowed
+    ]
+    wrong += [
+        f"allowed to survive, but killed: {outcome.mutant.key}"
+        for outcome in outcomes
+        if outcome.status == KILLED and outcome.mutant.key in allowed
+    ]
+    present = {mutant.key for mutant in mutants}
+    return wrong + [f"allowed to survive, but not in the sources: {key}" for key in allowed if key not in present]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sample", type=int, help="only so many, the same ones each time")
+    parser.add_argument("--only", default="", help="only those whose key contains this text")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--report", type=Path, help="write the table there as well")
+    parser.add_argument("--list", action="store_true", help="print the mutants and stop")
+    options = parser.parse_args()
+    everything = all_mutants()
+    chosen = [mutant for mutant in everything if options.only in mutant.key]
+    if options.sample is not None:
+        chosen = sample_of(chosen, options.sample)
+    if options.list:
+        print(*(f"{mutant.key} (line {mutant.line})" for mutant in chosen), sep="\n")
+        return 0
+    if shutil.which("c++") is None:
+        print("a C++ compiler is needed: apt-get install g++", file=sys.stderr)
+        return 2
+    allowed = allowed_survivors()
+    all_stages = stages()
+    if options.sample is None:  # a sample runs beside these very checks
+        check_originals(all_stages, sorted({mutant.operator for mutant in chosen}))
+    outcomes = run(all_stages, chosen, options.jobs)
+    text = table(outcomes, allowed)
+    if options.report:
+        options.report.write_text(text + "\n", encoding="utf-8")
+    print(text)
+    wrong = complaints(outcomes, everything, allowed)
+    print(*wrong, sep="\n")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

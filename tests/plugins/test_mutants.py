@@ -1,0 +1,107 @@
+"""What the mutation script finds in a source, and that a few removals are noticed by the kernels' checks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mutants import Mutant, find_mutants
+from mutate import BROKEN, KILLED, SURVIVED, Outcome, all_mutants, allowed_survivors, complaints, sample_of, table
+
+SAMPLE = 4
+
+SOURCE = """\
+__global__ void kernel(Call call) {
+    // if (comment) __syncthreads();
+    const bool is_inside = index < call.B && index >= 0;
+    if (index >= call.B) return;
+    if (is_inside && lane == 0) { y[index] = 1; }
+    if constexpr (kLanes > 1) sum = __shfl_xor_sync(kWholeWarp, sum, 1);
+    for (int64_t t = lane; t < call.T; t += kWarpSize) { x += t; }
+    const float past = fresh ? 0.0f : call.past[row];
+    return a.count == 0 ? f(b, c) : c;
+    __syncthreads();
+    __syncwarp(mask);
+    __syncthreads();
+}
+"""
+
+
+def changes(mutants: list[Mutant]) -> list[tuple[int, str, str, str]]:
+    return [(mutant.line, mutant.kind, SOURCE[mutant.start : mutant.end], mutant.replacement) for mutant in mutants]
+
+
+def test_every_removal_is_found() -> None:
+    assert changes(find_mutants("operators/one/kernel.cuh", SOURCE)) == [
+        (3, "bound", "index < call.B", "true"),
+        (3, "bound", "index < call.B && index >= 0", "false"),
+        (3, "bound", "index < call.B && index >= 0", "true"),
+        (3, "bound", "index >= 0", "true"),
+        (4, "bound", "index >= call.B", "false"),
+        (5, "bound", "is_inside", "true"),
+        (5, "bound", "is_inside && lane == 0", "true"),
+        (5, "bound", "lane == 0", "true"),
+        (6, "lane mask", "kWholeWarp", "((kWholeWarp) >> 1)"),
+        (7, "loop bound", "<", "<="),
+        (8, "select", "fresh", "false"),
+        (8, "select", "fresh", "true"),
+        (9, "select", "a.count == 0", "false"),
+        (9, "select", "a.count == 0", "true"),
+        (10, "barrier", "__syncthreads()", "(void)0"),
+        (11, "barrier", "__syncwarp(mask)", "(void)0"),
+        (12, "barrier", "__syncthreads()", "(void)0"),
+    ]
+
+
+def test_a_mutant_differs_in_one_place_and_has_a_name_of_its_own() -> None:
+    mutants = find_mutants("operators/one/kernel.cuh", SOURCE)
+    assert len({mutant.key for mutant in mutants}) == len(mutants)
+    assert {mutant.operator for mutant in mutants} == {"one"}
+    moved = find_mutants("operators/one/kernel.cuh", "\n" + SOURCE)
+    assert [mutant.key for mutant in moved] == [mutant.key for mutant in mutants]
+    for mutant in mutants:
+        text = mutant.apply(SOURCE)
+        assert text == SOURCE[: mutant.start] + mutant.replacement + SOURCE[mutant.end :] != SOURCE
+
+
+def test_the_report_counts_and_complains() -> None:
+    first, second, third, *_ = find_mutants("common/warp.cuh", SOURCE)
+    outcomes = [Outcome(first, KILLED), Outcome(second, SURVIVED), Outcome(third, SURVIVED)]
+    allowed = {second.key: "it does not matter"}
+    assert table(outcomes, allowed).splitlines()[-1] == "| all |  | 3 | 1 | 1 | 1 |"
+    assert complaints(outcomes, [first, second, third], allowed) == [f"survived: {third.key} (line {third.line})"]
+    outcomes = [Outcome(first, BROKEN), Outcome(second, KILLED)]
+    assert len(complaints(outcomes, [first, second], {second.key: ""})) == 1
+    assert len(complaints(outcomes, [first], {second.key: ""})) == 2
+
+
+def test_explanations_are_of_mutants_that_exist() -> None:
+    present = {mutant.key for mutant in all_mutants()}
+    allowed = allowed_survivors()
+    assert set(allowed) <= present
+    assert all(len(reason) > 20 for reason in allowed.values())
+
+
+def test_a_sample_has_every_kind() -> None:
+    mutants = all_mutants()
+    kinds = {mutant.kind for mutant in mutants}
+    assert {mutant.kind for mutant in sample_of(mutants, len(kinds))} == kinds
+    assert sample_of(mutants[::-1], 7) == sample_of(mutants, 7)
+
+
+def test_a_sample_is_killed(repository: Path) -> None:
+    script = repository / "plugins" / "tests" / "mutate.py"
+    command = [sys.executable, script, "--sample", str(SAMPLE)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(KILLED) >= 1
+
+
+@pytest.mark.parametrize("arguments", [["--list"], ["--list", "--sample", "3"]], ids=len)
+def test_mutants_can_be_listed(repository: Path, arguments: list[str]) -> None:
+    script = repository / "plugins" / "tests" / "mutate.py"
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) == (3 if "--sample" in arguments else len(all_mutants()))

@@ -26,7 +26,7 @@ from megalodon_deploy.console import format_bytes, print_table
 
 PROGRAM = "megalodon-deploy"
 STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
-LEFT_OUT = ("*-packages", "*test*", "encodings", "pydoc_data")  # other people's code, tests, tables, prose
+LEFT_OUT = ["*-packages", "*test*", "encodings", "pydoc_data"]  # other people's code, tests, tables, prose
 PROMPT = "class FileReader:"
 NEW_TOKENS = 800  # bytes: six chunks of the default model
 Row = tuple[str, str, str, str]
@@ -108,9 +108,10 @@ class Demo:
 
 def train(demo: Demo, checkpoint: Path, minutes: float) -> Row:
     demo.heading("1. Train a byte-level model on the source code of Python's standard library")
-    excluded = [word for name in LEFT_OUT for word in ("--exclude", name)]
-    length = ("--minutes", f"{minutes:g}")
-    result = demo.result("train", "--data", STANDARD_LIBRARY, *excluded, *length, "--out", checkpoint, "--overwrite")
+    text = ("--data", STANDARD_LIBRARY, "data.glob=**/*.py", f"data.exclude={json.dumps(LEFT_OUT)}")
+    cache = f"data.cache={checkpoint.parent / 'tokens'}"
+    length = ("--minutes", f"{minutes:g}", "data.rows=windows")
+    result = demo.result("train", *text, cache, *length, "--out", checkpoint, "--overwrite")
     learned = f"loss {result['first_loss']:.2f} -> {result['train_loss']:.2f} nats/byte"
     held_out = f"{result['held_out_loss']:.2f} on files it has not seen"
     demo.say(f"{result['num_parameters']:,} parameters, {result['tokens']:,} bytes read: {learned}, {held_out}")

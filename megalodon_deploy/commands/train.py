@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,38 +14,60 @@ from megalodon_deploy.errors import InterruptedRunError
 
 
 @click.command()
-@click.option("--data", required=True, multiple=True, type=EXISTING, help="File or directory of text; repeatable.")
-@click.option("--out", required=True, type=OUTPUT, help="Checkpoint directory to write.")
-@click.option("--glob", help="Files taken in a directory; default: **/*.py.")
-@click.option("--exclude", multiple=True, help="Name of files and directories to leave out; repeatable, wildcards.")
-@click.option("--steps", type=int, help="Length of the run in steps; or:")
-@click.option("--minutes", type=float, help="Length of the run in minutes.")
-@click.option("--preset", help="A published model's dimensions, at vocabulary 256.")
-@click.option("--layers", type=int)
-@click.option("--dim", type=int, help="Model width D; the other widths follow.")
-@click.option("--heads", type=int)
-@click.option("--chunk-size", type=int)
-@click.option("--batch-size", type=int, help="Windows of a step.")
-@click.option("--seq-len", type=int, help="Tokens of a window.")
-@click.option("--lr", "learning_rate", type=float, help="Peak learning rate.")
-@click.option("--seed", type=int)
-@click.option("--threads", type=int)
-@click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint.")
+@click.argument("settings", nargs=-1, metavar="[CONFIG.toml] [SECTION.KEY=VALUE]...")
+@click.option("--data", multiple=True, type=EXISTING, help="data.paths: file or folder of text; repeatable.")
+@click.option("--out", type=OUTPUT, help="run.out: folder of the run.")
+@click.option("--steps", type=int, help="run.steps: length of the run in steps; or:")
+@click.option("--minutes", type=float, help="run.minutes: length of the run in minutes.")
+@click.option("--preset", help="model.preset: a published model's dimensions.")
+@click.option("--resume", is_flag=True, help="Go on where the run in this folder was, if there is one.")
+@click.option("--overwrite", is_flag=True, help="Remove an earlier run in this folder.")
+@click.option("--print-config", is_flag=True, help="Print all settings with their meaning as TOML, and stop.")
 @json_option
-def train(as_json: bool, **options: Any) -> None:
-    """Train a byte-level model on text and write its checkpoint."""
+def train(
+    settings: tuple[str, ...], resume: bool, overwrite: bool, print_config: bool, as_json: bool, **options: Any
+) -> None:
+    """Train a model on text: settings come from a TOML file, then from SECTION.KEY=VALUE, then from options.
+
+    \b
+    megalodon-deploy train --data books --out run --steps 1000 model.model_dim=256 run.batch_size=16
+    megalodon-deploy train --resume --out run
+    """
     limit_spinning()
-    from megalodon_deploy.train import TrainConfig, byte_model
     from megalodon_deploy.train import train as run_training
 
-    given = {name: value for name, value in options.items() if value not in (None, ())}
-    shape = {name: given.pop(name) for name in ("preset", "layers", "dim", "heads", "chunk_size") if name in given}
+    config = _config(settings, options, resume=resume)
+    if print_config:
+        click.echo(config.to_toml(), nl=False)
+        return
     with progress_bar("train") as progress:
-        result = run_training(TrainConfig(model=byte_model(**shape), **given), progress=progress)
+        result = run_training(config, resume=resume, overwrite=overwrite, progress=progress)
     if as_json:
         echo_json(result.to_dict())
     else:
-        loss = "not measured" if result.held_out_loss is None else f"{result.held_out_loss:.3f} nats/byte"
+        loss = "not measured"
+        if result.held_out_loss is not None:
+            loss = f"{result.held_out_loss:.3f} nats/token, {result.bits_per_byte:.3f} bits/byte"
         click.echo(f"{result.path}: {result.num_parameters:,} parameters, {result.steps} steps, held-out loss {loss}")
     if result.interrupted:
-        raise InterruptedRunError(f"interrupted after {result.steps} steps; the checkpoint is saved")
+        raise InterruptedRunError(f"interrupted after {result.steps} steps; go on with --resume")
+
+
+def _config(settings: tuple[str, ...], options: dict[str, Any], *, resume: bool) -> Any:
+    """The run's settings; one that goes on has its own file to begin with."""
+    from megalodon_deploy.train.checkpoints import CONFIG_FILE
+    from megalodon_deploy.train.config import TrainConfig
+    from megalodon_deploy.train.settings import override, read_toml
+
+    file = Path(settings[0]) if settings and "=" not in settings[0] else None
+    tables = override(read_toml(file) if file else {}, settings[1:] if file else settings)
+    places = {"data": "data.paths", "out": "run.out", "steps": "run.steps", "minutes": "run.minutes"}
+    for option, place in {**places, "preset": "model.preset"}.items():
+        if options[option] not in (None, ()):
+            section, key = place.split(".")
+            tables.setdefault(section, {})[key] = options[option]
+    out = tables.get("run", {}).get("out")
+    if resume and file is None and out is not None and (Path(out) / CONFIG_FILE).is_file():
+        earlier = read_toml(Path(out) / CONFIG_FILE)
+        tables = {name: {**earlier.get(name, {}), **tables.get(name, {})} for name in {**earlier, **tables}}
+    return TrainConfig.from_tables(tables)

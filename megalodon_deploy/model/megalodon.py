@@ -73,6 +73,11 @@ class Megalodon(nn.Module):
         start afresh whatever their tensors hold. Gradients flow through the state; `state.detach()` cuts them.
         Raises `ValueError` when tokens and state do not fit together.
         """
+        x_BTD, state = self.hidden(tokens_BT, state)
+        return self.logits(x_BTD), state
+
+    def hidden(self, tokens_BT: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
+        """As `forward`, but what the output matrix is applied to, [B, T, D], in the place of logits."""
         if tokens_BT.ndim != 2 or tokens_BT.shape[1] == 0:
             raise ValueError(f"tokens have shape {list(tokens_BT.shape)}; expected [B, T] with T >= 1")
         batch, num_tokens = tokens_BT.shape
@@ -86,8 +91,18 @@ class Megalodon(nn.Module):
         if held < needed:
             raise ValueError(f"the state holds {held} key/value rows, its positions need {needed}")
         attend = plan_attention(positions, num_tokens, self.config.chunk_size, tokens_BT.device)
-        logits_BTV, present = self._run(tokens_BT, state.position, state.tensors, attend)
-        return logits_BTV, state.advance(present, positions, num_tokens, self.config.chunk_size)
+        x_BTD, present = self._run(tokens_BT, state.position, state.tensors, attend)
+        return x_BTD, state.advance(present, positions, num_tokens, self.config.chunk_size)
+
+    @property
+    def output_matrix(self) -> Tensor:
+        """[V, D]."""
+        return self.embed.weight if self.output.output is None else self.output.output.weight
+
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        """Of what `hidden` gives: [B, T, V], float32 (float64 in a float64 model)."""
+        logits_BTV = functional.linear(x_BTD, self.output_matrix)
+        return logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
 
     def forward_one_chunk(
         self, tokens_BT: Tensor, position_B: Tensor, past: Mapping[str, Tensor]
@@ -102,13 +117,13 @@ class Megalodon(nn.Module):
             Logits [B, T, V], and new key/value rows and present tensors by the output names of `state.state_specs`.
         """
         attend = OneChunk(position_B % self.config.chunk_size)
-        logits_BTV, present = self._run(tokens_BT, position_B, past, attend)
-        return logits_BTV, {_output_name(name): tensor for name, tensor in present.items()}
+        x_BTD, present = self._run(tokens_BT, position_B, past, attend)
+        return self.logits(x_BTD), {_output_name(name): tensor for name, tensor in present.items()}
 
     def _run(
         self, tokens_BT: Tensor, position_B: Tensor, past: Mapping[str, Tensor], attend: Attend
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits, and what the call adds to the state, by the names of `past`."""
+        """[B, T, D] after the final norm, and what the call adds to the state, by the names of `past`."""
         config = self.config
         x_BTD = self.embed(tokens_BT)
         if config.scale_emb:
@@ -126,9 +141,7 @@ class Megalodon(nn.Module):
             present.update({names[kind]: getattr(added, kind) for kind in layer_past})
         final = f"past_{_FINAL_NORM}"
         x_BTD, present[final] = self.output.final_norm(x_BTD, past[final], position_B)
-        matrix = self.embed.weight if self.output.output is None else self.output.output.weight
-        logits_BTV = functional.linear(x_BTD, matrix)
-        return logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32)), present
+        return x_BTD, present
 
 
 def _output_name(past_name: str) -> str:

@@ -1,201 +1,222 @@
-"""The training loop: AdamW in float32 on random windows, one process.
-
-B windows of T tokens; V = 256 logits. Losses are in nats per byte: mean cross-entropy of the next byte.
-"""
+"""From a configuration to a trained checkpoint: the order of things, and what can go wrong before and during them."""
 
 from __future__ import annotations
 
-import math
-import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from torch.nn import functional
 
 from megalodon_deploy.cpus import usable_cpus
-from megalodon_deploy.errors import CheckpointError, TrainError
-from megalodon_deploy.model.checkpoint import TokenizerSource, read_checkpoint, save_checkpoint
-from megalodon_deploy.model.megalodon import Megalodon
+from megalodon_deploy.errors import TrainError
+from megalodon_deploy.model.checkpoint import TokenizerSource
 from megalodon_deploy.parameters import num_parameters
-from megalodon_deploy.train.config import Measurement, TrainConfig, TrainResult
-from megalodon_deploy.train.data import Corpus, check_length, random_windows, read_corpus, spread_windows
+from megalodon_deploy.tokenizers import Tokenizer
+from megalodon_deploy.train.checkpoints import BackgroundWriter, RunFolder
+from megalodon_deploy.train.config import BYTES, TrainConfig, TrainResult
+from megalodon_deploy.train.data.rows import split
+from megalodon_deploy.train.data.tokens import TokenStore, open_tokens, open_training_tokenizer
 from megalodon_deploy.train.interrupt import stop_on_signal
-from megalodon_deploy.train.schedule import learning_rate, run_fraction
+from megalodon_deploy.train.log import RunLog, check_packages
+from megalodon_deploy.train.plan import OneProcess, Plan
+from megalodon_deploy.train.sample import sample_text
+from megalodon_deploy.train.trainer import Trainer
 
 Progress = Callable[[str, float], None]
 
-ADAM_BETAS = (0.9, 0.95)
-ADAM_EPSILON = 1e-8
-_BYTES = TokenizerSource("bytes", None, ())
-_SMOOTHED_STEPS = 50  # over which the reported training loss is a mean
-_DIVERGED = 2.0  # times the loss of a uniform guess
 
+def run(config: TrainConfig, progress: Progress | None, *, resume: bool, overwrite: bool) -> TrainResult:
+    """Train as told; checkpoints and logs go to `config.run.out`, described in `train.checkpoints`.
 
-def run(config: TrainConfig, progress: Progress | None) -> TrainResult:
-    """Train as told, and write the native checkpoint at every evaluation and at the end, or when a signal stops it.
-
-    Raises `TrainError` for data that cannot be used, an output that exists already, and for a loss that is not
-    finite or far above that of a uniform guess; the last checkpoint then stays.
+    With `resume` an earlier run there goes on exactly where its latest checkpoint was; with `overwrite` it is
+    removed. Raises `TrainError` for data that cannot be used, for an output that exists already, and for a loss that
+    is not finite or far above that of a uniform guess; the last checkpoint then stays.
     """
-    _check_out(config)
     report = progress or (lambda stage, fraction: None)
-    report("reading the data", 0.0)
-    corpus = read_corpus(
-        config.data, glob=config.glob, exclude=config.exclude, held_out_fraction=config.held_out_fraction
-    )
-    check_length(corpus, config.seq_len + 1)
-    with _threads(config.threads), stop_on_signal() as stop:
-        trainer = Trainer(config, corpus)
-        while not stop.is_set() and trainer.fraction < 1:
-            trainer.step()
-            if trainer.is_evaluation_due():
-                trainer.evaluate()
-                trainer.save()
-            report(trainer.stage(), trainer.fraction)
-        if trainer.saved_step != trainer.num_steps:
-            if not stop.is_set():
-                trainer.evaluate()
-            trainer.save()
-        return trainer.result(interrupted=stop.is_set())
-
-
-class Trainer:
-    """A run in progress: model, optimiser, random windows and what has been measured."""
-
-    def __init__(self, config: TrainConfig, corpus: Corpus) -> None:
-        self.config = config
-        self.corpus = corpus
-        torch.manual_seed(config.seed)
-        self.model = Megalodon(config.model).train()
-        # Decay acts on every stored weight, as released: norm weights are stored minus one, so it pulls scales to 1.
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), betas=ADAM_BETAS, eps=ADAM_EPSILON, weight_decay=config.weight_decay
+    folder = RunFolder(config.run.out, config.checkpoint.keep)
+    _check_out(folder, resume=resume, overwrite=overwrite)
+    check_packages(config.log)
+    tokenizer = open_training_tokenizer(config.data.tokenizer)
+    if tokenizer.num_tokens > config.model.vocab_size:
+        raise TrainError(
+            f"model.vocab_size = {config.model.vocab_size}, but data.tokenizer = {config.data.tokenizer} has "
+            f"{tokenizer.num_tokens} tokens; raise the one or change the other"
         )
-        self.rng = np.random.default_rng(config.seed)
-        self.num_steps = 0
-        self.first_loss: float | None = None
-        self.recent_losses: deque[float] = deque(maxlen=_SMOOTHED_STEPS)
-        self.curve: list[Measurement] = []
-        self.next_mark = 1  # of `evaluations` evenly spaced ones
+    plan = OneProcess(_device(config.run.device))
+    store = open_tokens(config.data, report)
+    with _threads(config.run.threads), stop_on_signal() as stop:
+        session = Session(config, folder, store, tokenizer, plan)
+        session.start(resume=resume)
+        try:
+            while not stop.is_set() and session.trainer.fraction < 1:
+                session.step(report)
+            session.finish(interrupted=stop.is_set())
+        finally:
+            session.close()
+        return session.result(interrupted=stop.is_set())
+
+
+class Session:
+    """One process's part of a run from start, or resumption, to end."""
+
+    def __init__(
+        self, config: TrainConfig, folder: RunFolder, store: TokenStore, tokenizer: Tokenizer, plan: Plan
+    ) -> None:
+        self.config, self.folder, self.store, self.tokenizer, self.plan = config, folder, store, tokenizer, plan
+        self.train_part, self.held_out_part = split(store, config.data.held_out_fraction)
+        self.trainer = Trainer(config, self.train_part, self.held_out_part, plan)
+        self.writer = BackgroundWriter()
         self.saved_step: int | None = None
-        self.started = time.monotonic()
+        self.log: RunLog | None = None  # on rank 0
 
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.started
+    def start(self, *, resume: bool) -> None:
+        """Everything that could refuse the data has happened: only now an earlier run is removed or continued."""
+        steps = self.folder.steps()
+        if resume and steps:
+            progress = self.folder.read_progress(steps[-1])
+            _check_same_run(progress["identity"], self._identity())
+            self.trainer.restore(self.folder.read_snapshot(steps[-1]), progress)
+            self.saved_step = steps[-1]
+        if self.plan.rank == 0:
+            if not resume:
+                self.folder.clear()
+            self.folder.begin(self.config.to_toml())
+            self.log = RunLog(self.config.run.out, self.config.log, self.trainer.num_steps)
+        self.plan.barrier()
 
-    @property
-    def fraction(self) -> float:
-        return run_fraction(self.config, self.num_steps, self.seconds)
+    def step(self, report: Progress) -> None:
+        trainer = self.trainer
+        try:
+            trainer.step()
+            evaluated = trainer.is_evaluation_due()
+            if evaluated:
+                trainer.evaluate()
+        except TrainError as error:
+            raise self._diverged(error) from error
+        if trainer.is_checkpoint_due(evaluated=evaluated):
+            self._save()
+        self._write_log(evaluated=evaluated)
+        report(trainer.stage(), trainer.fraction)
 
-    @property
-    def num_tokens(self) -> int:
-        return self.num_steps * self.config.batch_size * self.config.seq_len
+    def finish(self, *, interrupted: bool) -> None:
+        """The last checkpoint, after a last evaluation unless a signal asks for haste."""
+        trainer = self.trainer
+        evaluated = bool(trainer.curve) and trainer.curve[-1].step == trainer.num_steps
+        if self.saved_step != trainer.num_steps or not (evaluated or interrupted):
+            if not (evaluated or interrupted):
+                trainer.evaluate()
+                self._write_log(evaluated=True)
+            self._save()
+        self.writer.wait()
 
-    @property
-    def train_loss(self) -> float | None:
-        return sum(self.recent_losses) / len(self.recent_losses) if self.recent_losses else None
+    def close(self) -> None:
+        self.writer.close()
+        if self.log:
+            self.log.close()
 
-    def step(self) -> None:
-        """One update. Weights stay as they are when the loss or a gradient is not finite."""
-        config = self.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, self.fraction)
-        windows = random_windows(self.corpus.train, self.rng, count=config.batch_size, length=config.seq_len + 1)
-        self.optimizer.zero_grad()
-        loss = self._loss(windows)
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
-        self._check(loss.item(), norm.item())
-        self.optimizer.step()
-        self.num_steps += 1
-        self.recent_losses.append(loss.item())
-        if self.first_loss is None:
-            self.first_loss = loss.item()
+    def _write_log(self, *, evaluated: bool) -> None:
+        if self.log is None:
+            return
+        trainer, settings = self.trainer, self.config.log
+        if evaluated or trainer.num_steps % settings.every_steps == 0:
+            self.log.write(trainer.log_line())
+        if evaluated:
+            self.log.draw()
+            if settings.sample_tokens:
+                seed = self.config.run.seed + trainer.num_steps
+                text = sample_text(trainer.model, self.tokenizer, settings.sample_prompt, settings.sample_tokens, seed)
+                self.log.sample(trainer.num_steps, text)
 
-    def is_evaluation_due(self) -> bool:
-        """Whether the run has passed the next mark."""
-        return self.fraction * self.config.evaluations >= self.next_mark
-
-    @torch.no_grad()
-    def evaluate(self) -> None:
-        """Add the held-out loss to the curve."""
-        config = self.config
-        windows = spread_windows(self.corpus.held_out, count=config.evaluation_windows, length=config.seq_len + 1)
-        parts = [windows[i : i + config.batch_size] for i in range(0, len(windows), config.batch_size)]
-        loss = sum(self._loss(part).item() * len(part) for part in parts) / len(windows)
-        self._check(loss)
-        self.next_mark = int(self.fraction * config.evaluations) + 1
-        assert self.train_loss is not None, "Bug: evaluated before the first step"
-        self.curve.append(
-            Measurement(step=self.num_steps, seconds=self.seconds, train_loss=self.train_loss, held_out_loss=loss)
+    def _save(self) -> None:
+        """Copy the state now, write it in the background."""
+        trainer = self.trainer
+        snapshot = trainer.capture()
+        self.saved_step = trainer.num_steps
+        if snapshot is None:
+            return
+        progress = {"identity": self._identity(), **trainer.progress()}
+        best_step = trainer.best[0] if trainer.best else None
+        tokenizer = _tokenizer_source(self.config)
+        self.writer.submit(
+            self.folder.write, trainer.num_steps, self.config.model, snapshot, progress, tokenizer, best_step
         )
 
-    def save(self) -> None:
-        """Write the checkpoint, over the one of an earlier save or, when told so, of an earlier run."""
-        overwrite = self.config.overwrite or self.saved_step is not None
-        save_checkpoint(self.model, self.config.out, tokenizer=_BYTES, overwrite=overwrite)
-        self.saved_step = self.num_steps
+    def _identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one before."""
+        config = self.config
+        return {
+            "model": config.model.to_dict(),
+            "data": self.store.name,
+            "data.held_out_fraction": config.data.held_out_fraction,
+            "data.rows": config.data.rows,
+            "run.seq_len": config.run.seq_len,
+            "run.batch_size": config.run.batch_size,
+            "run.seed": config.run.seed,
+        }
 
-    def stage(self) -> str:
-        """One line about the run, most important first: a narrow terminal cuts its end."""
-        held_out = f" (held out {self.curve[-1].held_out_loss:.3f})" if self.curve else ""
-        speed = self.num_tokens / self.seconds
-        left_seconds = self.seconds * (1 / self.fraction - 1)
-        times = f"{speed:,.0f} tokens/s, {left_seconds:.0f} s left, step {self.num_steps}"
-        return f"loss {self.train_loss:.3f}{held_out}, {times}"
+    def _diverged(self, error: TrainError) -> TrainError:
+        self.writer.wait()
+        steps = self.folder.steps()
+        kept = f"{self.folder.path(steps[-1])} keeps the last good checkpoint" if steps else "no checkpoint was written"
+        return TrainError(f"{error}; {kept}")
 
     def result(self, *, interrupted: bool) -> TrainResult:
+        trainer = self.trainer
+        latest = trainer.curve[-1] if trainer.curve else None
         return TrainResult(
-            path=self.config.out,
+            path=self.config.run.out,
             num_parameters=num_parameters(self.config.model),
-            num_train_files=self.corpus.num_train_files,
-            num_train_bytes=len(self.corpus.train),
-            num_held_out_bytes=len(self.corpus.held_out),
-            steps=self.num_steps,
-            tokens=self.num_tokens,
-            seconds=self.seconds,
-            first_loss=self.first_loss,
-            train_loss=self.train_loss,
-            held_out_loss=self.curve[-1].held_out_loss if self.curve else None,
+            num_train_tokens=self.train_part.num_tokens,
+            num_held_out_tokens=self.held_out_part.num_tokens,
+            steps=trainer.num_steps,
+            tokens=trainer.num_tokens,
+            seconds=trainer.seconds,
+            first_loss=trainer.first_loss,
+            train_loss=trainer.train_loss,
+            held_out_loss=latest.held_out_loss if latest else None,
+            bits_per_byte=latest.bits_per_byte if latest else None,
             interrupted=interrupted,
-            curve=tuple(self.curve),
-        )
-
-    def _loss(self, windows: np.ndarray) -> torch.Tensor:
-        """Mean cross-entropy of windows [B, T + 1] int64."""
-        tokens = torch.from_numpy(windows)
-        logits_BTV, _ = self.model(tokens[:, :-1])
-        return functional.cross_entropy(logits_BTV.flatten(0, 1), tokens[:, 1:].flatten())
-
-    def _check(self, loss: float, gradient_norm: float = 0.0) -> None:
-        limit = _DIVERGED * math.log(self.config.model.vocab_size)
-        if loss <= limit and math.isfinite(gradient_norm):
-            return
-        kept = (
-            f"{self.config.out} keeps the last good checkpoint"
-            if self.saved_step is not None
-            else "no checkpoint was written"
-        )
-        raise TrainError(
-            f"training diverged at step {self.num_steps + 1}: loss {loss:.4g}, gradient norm {gradient_norm:.4g}; "
-            f"{kept}; use a smaller --lr than {self.config.learning_rate:g}"
+            curve=tuple(trainer.curve),
         )
 
 
-def _check_out(config: TrainConfig) -> None:
-    """Refuse, before hours of work, an output that cannot be written; only a checkpoint is ever overwritten."""
-    if not config.out.exists():
+def _check_out(folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
+    """Refuse, before hours of work, an output that cannot be written; only a run is ever removed."""
+    if resume and overwrite:
+        raise TrainError("--resume goes on with an earlier run, --overwrite removes it; choose one")
+    if not folder.out.exists() or (folder.out.is_dir() and not any(folder.out.iterdir())):
         return
-    if not config.overwrite:
-        raise TrainError(f"{config.out} exists already; choose another --out or add --overwrite")
+    if not folder.is_run:
+        raise TrainError(f"{folder.out} exists and is no training run; choose another run.out")
+    if not (resume or overwrite):
+        raise TrainError(f"{folder.out} exists already; choose another run.out, or add --resume or --overwrite")
+
+
+def _check_same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise TrainError(
+                f"{name} = {value}, the earlier run had {before.get(name)}; keep that, or choose another run.out"
+            )
+
+
+def _tokenizer_source(config: TrainConfig) -> TokenizerSource:
+    stop_tokens = () if config.data.end_token is None else (config.data.end_token,)
+    if config.data.tokenizer == BYTES:
+        return TokenizerSource("bytes", None, stop_tokens)
+    path = Path(config.data.tokenizer)
+    return TokenizerSource("tokenizer.json" if path.suffix == ".json" else "sentencepiece", path, stop_tokens)
+
+
+def _device(name: str) -> torch.device:
     try:
-        read_checkpoint(config.out)
-    except CheckpointError as error:
-        raise TrainError(f"{config.out} is no checkpoint, so it is not overwritten; choose another --out") from error
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise TrainError(f"run.device = {name!r}: PyTorch cannot use it here ({str(error).splitlines()[0]})") from error
+    return device
 
 
 @contextmanager

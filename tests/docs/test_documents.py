@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,12 +25,14 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a checkpoint, as the pages assume."""
+    """A directory with a checkpoint and a text, as the pages assume."""
     from megalodon_deploy import Megalodon, save_checkpoint
     from megalodon_deploy.train import byte_model
 
     directory = tmp_path_factory.mktemp("workplace")
-    save_checkpoint(Megalodon(byte_model(layers=1, dim=32, chunk_size=64)), directory / "my-checkpoint")
+    (directory / "text").mkdir()
+    shutil.copy(argparse.__file__, directory / "text" / "argparse.txt")
+    save_checkpoint(Megalodon(byte_model(num_layers=1, model_dim=32, chunk_size=64)), directory / "my-checkpoint")
     return directory
 
 

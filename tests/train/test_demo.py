@@ -23,8 +23,8 @@ def test_the_demo_runs_to_its_end(tmp_path: Path) -> None:
         assert f"megalodon-deploy {verb} " in finished.stdout
     assert "passed: " in finished.stdout
     assert json.loads((out / "generate.json").read_text())["decode_tokens"] > 700
-    assert (out / "checkpoint" / "config.json").is_file()
-    assert {path.name for path in out.iterdir()} == {"checkpoint", "bundle", "generate.json"}
+    assert (out / "checkpoint" / "latest" / "config.json").is_file()
+    assert {path.name for path in out.iterdir()} == {"checkpoint", "tokens", "bundle", "generate.json"}
 
 
 def test_the_demo_stops_at_a_failing_step(tmp_path: Path) -> None:

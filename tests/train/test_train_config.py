@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megalodon_deploy.config import MegalodonConfig
-from megalodon_deploy.errors import ConfigError
+from megalodon_deploy.errors import ConfigError, TrainError
 from megalodon_deploy.parameters import num_parameters
-from megalodon_deploy.train import Measurement, TrainConfig, TrainResult, byte_model
+from megalodon_deploy.train import Measurement, OptimizerConfig, RunConfig, TrainConfig, TrainResult, byte_model
+from megalodon_deploy.train.config import setting_docs
 from megalodon_deploy.train.schedule import learning_rate, run_fraction
 
-
-def config(**values: Any) -> TrainConfig:
-    return TrainConfig(**({"data": (Path("text"),), "out": Path("out"), "steps": 100} | values))
+REQUIRED = ["data.paths=text", "run.out=out", "run.steps=100"]
 
 
 def test_the_default_model_has_about_a_million_parameters() -> None:
@@ -25,85 +25,127 @@ def test_the_default_model_has_about_a_million_parameters() -> None:
 
 
 def test_dimensions_reach_the_model() -> None:
-    model = byte_model(layers=3, dim=96, heads=2, chunk_size=40)
-    assert (model.num_layers, model.model_dim, model.num_heads, model.chunk_size) == (3, 96, 2, 40)
+    model = TrainConfig.load(None, [*REQUIRED, "model.num_layers=3", "model.model_dim=96", "model.chunk_size=40"]).model
+    assert (model.num_layers, model.model_dim, model.chunk_size) == (3, 96, 40)
+    assert (model.z_dim, model.value_dim, model.ffn_hidden_dim, model.norm_num_groups) == (48, 192, 288, 6)
 
 
 def test_a_preset_keeps_its_dimensions() -> None:
-    assert byte_model(preset="mega200M") == MegalodonConfig.preset("mega200M", vocab_size=256)
-    with pytest.raises(ConfigError, match=r"mega200M .* leave out layers, heads"):
-        byte_model(preset="mega200M", layers=2, heads=1)
+    assert byte_model("mega200M") == MegalodonConfig.preset("mega200M", vocab_size=256)
+    tables = [*REQUIRED, "model.preset=mega200M", "model.num_layers=2"]
+    assert TrainConfig.load(None, tables).model == MegalodonConfig.preset("mega200M", vocab_size=256, num_layers=2)
     with pytest.raises(ConfigError, match="unknown preset"):
-        byte_model(preset="mega2M")
+        byte_model("mega2M")
 
 
 @pytest.mark.parametrize("dim", [8, 100, 0, -16])
 def test_a_dim_that_groups_cannot_divide_is_refused(dim: int) -> None:
-    with pytest.raises(ConfigError, match=f"dim = {dim} "):
-        byte_model(dim=dim)
+    with pytest.raises(ConfigError, match=f"model_dim = {dim} "):
+        byte_model(model_dim=dim)
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("assignments", "message"),
     [
-        ({"steps": None}, "either in steps or in minutes"),
-        ({"minutes": 1.0}, "either in steps or in minutes"),
-        ({"steps": 0}, "steps = 0"),
-        ({"steps": None, "minutes": -1.0}, "minutes = -1.0"),
-        ({"steps": None, "minutes": float("nan")}, "minutes = nan"),
-        ({"data": ()}, "no data"),
-        ({"batch_size": 0}, "batch_size = 0"),
-        ({"learning_rate": float("inf")}, "learning_rate = inf"),
-        ({"held_out_fraction": 1.0}, "held_out_fraction = 1.0"),
-        ({"model": MegalodonConfig.preset("mega200M", vocab_size=257)}, "vocab_size = 257"),
+        (["run.steps=none"], r"either as run\.steps or as run\.minutes"),
+        (["run.minutes=1.0"], r"either as run\.steps or as run\.minutes"),
+        (["run.steps=0"], r"run\.steps = 0 is below 1"),
+        (["run.steps=none", "run.minutes=-1"], r"run\.minutes = -1\.0 is not above 0"),
+        (["data.paths=[]"], r"data\.paths is empty"),
+        (["optimizer.learning_rate=inf"], r"optimizer\.learning_rate = inf is not a finite number"),
+        (["data.held_out_fraction=1.0"], r"data\.held_out_fraction = 1\.0 is not below 1"),
+        (["model.modle_dim=32"], r"unknown setting model\.modle_dim; did you mean model\.model_dim\?"),
+        (["runs.seed=1"], r"unknown setting runs; did you mean run\?"),
+        (["data.rows=streams", "run.seq_len=100"], r"run\.seq_len = 100: streams need a multiple or a divisor"),
+        (["data.end_token=300", "model.vocab_size=256"], r"data\.end_token = 300 is not below vocab_size 256"),
     ],
 )
-def test_senseless_numbers_are_refused_in_one_line(values: dict[str, Any], message: str) -> None:
+def test_senseless_settings_are_refused_in_one_line(assignments: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        config(**values)
+        TrainConfig.load(None, [*REQUIRED, *assignments])
     assert "\n" not in str(caught.value)
 
 
+def test_an_end_token_beyond_the_bytes_widens_the_vocabulary() -> None:
+    assert TrainConfig.load(None, [*REQUIRED, "data.end_token=256"]).model.vocab_size == 257
+
+
+def test_a_tokenizer_that_does_not_exist_is_named() -> None:
+    with pytest.raises(TrainError, match=r"data\.tokenizer = 'none\.json': no such file"):
+        TrainConfig.load(None, [*REQUIRED, "data.tokenizer=none.json"])
+
+
+def test_a_printed_configuration_is_the_same_run(tmp_path: Path) -> None:
+    values = ["data.exclude=[\"a\", 'b']", "optimizer.betas=[0.8, 0.9]", "run.micro_batch_size=2", "model.swiglu=true"]
+    config = TrainConfig.load(None, [*REQUIRED, *values])
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    assert TrainConfig.load(tmp_path / "config.toml") == config
+    assert TrainConfig.load(tmp_path / "config.toml", ["run.seed=5"]).run.seed == 5
+
+
+def test_every_setting_is_documented_in_what_is_printed() -> None:
+    text = TrainConfig.load(None, REQUIRED).to_toml()
+    tables = tomllib.loads(text)
+    for name, _, doc in setting_docs():
+        section, key = name.split(".")
+        assert len(doc) > 5, name
+        assert key in tables[section] or f"# {key} =" in text, name
+        assert doc in text, name
+
+
+def rates(**values: Any) -> list[float]:
+    optimizer = OptimizerConfig(learning_rate=2.0, final_lr_fraction=0.25, **values)
+    return [learning_rate(optimizer, step / 100, step) for step in range(101)]
+
+
 def test_learning_rate_rises_to_the_peak_and_falls_to_its_fraction() -> None:
-    run = config(learning_rate=2.0, warmup_fraction=0.1, final_lr_fraction=0.25)
-    rates = [learning_rate(run, percent / 100) for percent in range(101)]
-    assert 0 < rates[0] < 0.1
-    assert rates[5] == pytest.approx(1.0)
-    assert max(rates) == rates[10] == pytest.approx(2.0)
-    assert rates[55] == pytest.approx((2.0 + 0.5) / 2)
-    assert rates[100] == pytest.approx(0.5)
-    assert rates[:11] == sorted(rates[:11])
-    assert rates[10:] == sorted(rates[10:], reverse=True)
+    found = rates(warmup=0.1)
+    assert 0 < found[0] < 0.1
+    assert found[5] == pytest.approx(1.0)
+    assert max(found) == found[10] == pytest.approx(2.0)
+    assert found[55] == pytest.approx((2.0 + 0.5) / 2)
+    assert found[100] == pytest.approx(0.5)
+    assert found[:11] == sorted(found[:11])
+    assert found[10:] == sorted(found[10:], reverse=True)
+
+
+def test_a_warm_up_may_be_given_in_steps() -> None:
+    found = rates(warmup=4)
+    assert found[:3] == pytest.approx([0.5, 1.0, 1.5])
+    assert found[4] == pytest.approx(rates(warmup=0)[4])
 
 
 def test_without_warm_up_the_peak_comes_first() -> None:
-    assert learning_rate(config(learning_rate=2.0, warmup_fraction=0.0), 0.0) == 2.0
+    assert rates(warmup=0)[0] == 2.0
 
 
 def test_a_run_is_measured_in_steps_or_in_time() -> None:
-    assert run_fraction(config(steps=40), 10, 1e6) == 0.25
-    assert run_fraction(config(steps=40), 50, 0.0) == 1.0
-    assert run_fraction(config(steps=None, minutes=2.0), 1000, 30.0) == 0.25
-    assert run_fraction(config(steps=None, minutes=2.0), 1, 121.0) == 1.0
+    by_steps, by_time = RunConfig(out=Path("x"), steps=40), RunConfig(out=Path("x"), minutes=2.0)
+    assert run_fraction(by_steps, 10, 1e6) == 0.25
+    assert run_fraction(by_steps, 50, 0.0) == 1.0
+    assert run_fraction(by_time, 1000, 30.0) == 0.25
+    assert run_fraction(by_time, 1, 121.0) == 1.0
 
 
 def test_a_result_is_json() -> None:
+    point = Measurement(step=5, seconds=3.0, train_loss=2.0, held_out_loss=2.1, bits_per_byte=3.0)
     result = TrainResult(
         path=Path("demo/checkpoint"),
         num_parameters=1,
-        num_train_files=2,
-        num_train_bytes=3,
-        num_held_out_bytes=4,
+        num_train_tokens=3,
+        num_held_out_tokens=4,
         steps=5,
         tokens=60,
         seconds=3.0,
         first_loss=5.5,
         train_loss=2.0,
         held_out_loss=None,
+        bits_per_byte=None,
         interrupted=True,
-        curve=(Measurement(step=5, seconds=3.0, train_loss=2.0, held_out_loss=2.1),),
+        curve=(point,),
     )
     document = json.loads(json.dumps(result.to_dict()))
     assert document["path"] == "demo/checkpoint"
     assert document["tokens_per_second"] == 20.0
-    assert document["curve"] == [{"step": 5, "seconds": 3.0, "train_loss": 2.0, "held_out_loss": 2.1}]
+    expected = {"step": 5, "seconds": 3.0, "train_loss": 2.0, "held_out_loss": 2.1, "bits_per_byte": 3.0}
+    assert document["curve"] == [expected]

@@ -2,108 +2,140 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
-import shutil
 import signal
 import sys
-from collections.abc import Callable
+import threading
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional
+from train.training_helpers import SOURCES, TINY, moved, tiny_run, weights
 
 from megalodon_deploy.errors import MissingDependencyError, TrainError, UserError
 from megalodon_deploy.model.checkpoint import load_checkpoint, read_checkpoint
-from megalodon_deploy.train import TrainConfig, byte_model, loop, train
-from megalodon_deploy.train.data import read_corpus, spread_windows
+from megalodon_deploy.train import byte_model, train, trainer
+from megalodon_deploy.train.checkpoints import BackgroundWriter, RunFolder
+from megalodon_deploy.train.data.rows import evaluation_batches, split
+from megalodon_deploy.train.data.tokens import open_tokens
+from megalodon_deploy.train.log import read_log
 
-SOURCES = (Path(argparse.__file__), Path(shutil.__file__))  # real text that every machine has
-TINY = byte_model(layers=2, dim=32, chunk_size=24)
 UNIFORM = math.log(256)
 
 
-@pytest.fixture
-def make_config(tmp_path: Path) -> Callable[..., TrainConfig]:
-    def make(**values: Any) -> TrainConfig:
-        defaults: dict[str, Any] = {
-            "data": SOURCES,
-            "out": tmp_path / "checkpoint",
-            "model": TINY,
-            "batch_size": 4,
-            "seq_len": 60,  # two chunks and a half
-            "learning_rate": 1e-2,
-            "evaluation_windows": 6,
-        }
-        length = {} if "minutes" in values else {"steps": 30}
-        return TrainConfig(**(defaults | length | values))
-
-    return make
+def losses(path: Path) -> list[str]:
+    return [row["loss"] for row in read_log(path / "log.csv")]
 
 
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return load_checkpoint(path).state_dict()
-
-
-def test_a_short_run_lowers_the_loss_on_real_text(make_config: Callable[..., TrainConfig]) -> None:
-    config = make_config(evaluations=3)
-    result = train(config)
+def test_a_short_run_lowers_the_loss_on_real_text(tmp_path: Path) -> None:
+    result = train(tiny_run(tmp_path, evaluation__times=3))
     assert result.first_loss is not None
     assert result.held_out_loss is not None
+    assert result.bits_per_byte is not None
     assert UNIFORM - 0.3 < result.first_loss < UNIFORM + 0.8
     assert result.held_out_loss < result.first_loss - 1.5
+    assert result.bits_per_byte == pytest.approx(result.held_out_loss / math.log(2))  # a token is a byte
     assert result.steps == 30
     assert result.tokens == 30 * 4 * 60
     assert [point.step for point in result.curve] == [10, 20, 30]
     assert not result.interrupted
 
 
-def test_the_checkpoint_has_the_reported_loss(make_config: Callable[..., TrainConfig]) -> None:
-    config = make_config(steps=12)
+@pytest.mark.parametrize("rows", ["documents", "windows", "streams"])
+def test_the_checkpoint_has_the_reported_loss(tmp_path: Path, rows: str) -> None:
+    config = tiny_run(tmp_path, run__steps=4, data__rows=rows, run__seq_len=48)
     result = train(config)
-    corpus = read_corpus(SOURCES, glob=config.glob, exclude=config.exclude, held_out_fraction=config.held_out_fraction)
-    windows = spread_windows(corpus.held_out, count=config.evaluation_windows, length=config.seq_len + 1)
-    tokens = torch.from_numpy(windows)
+    _, held_out = split(open_tokens(config.data, lambda stage, fraction: None), config.data.held_out_fraction)
+    batches = evaluation_batches(rows, held_out, seq_len=48, num_rows=6, batch_size=4)
     checkpoint = read_checkpoint(result.path)
-    assert checkpoint.config == TINY
+    assert checkpoint.config == byte_model(**TINY)
     assert checkpoint.layout == "native"
     assert checkpoint.tokenizer is not None
     assert checkpoint.tokenizer.kind == "bytes"
-    with torch.no_grad():
-        logits, _ = load_checkpoint(result.path)(tokens[:, :-1])
-    loss = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
-    assert result.held_out_loss == pytest.approx(loss, abs=1e-5)
+    model, total, count = load_checkpoint(result.path), 0.0, 0
+    for batch in batches:
+        spans = [(row, 0, 48) for row in range(len(batch.tokens))] if batch.documents is None else batch.documents
+        for row, begin, length in spans:
+            tokens, targets = (torch.from_numpy(x[row, begin : begin + length]) for x in (batch.tokens, batch.targets))
+            with torch.no_grad():
+                logits, _ = model(tokens[None])
+            total += functional.cross_entropy(logits[0], targets, reduction="sum").item()
+            count += int(length)
+    assert result.held_out_loss == pytest.approx(total / count, abs=1e-5)
 
 
-def test_one_seed_is_one_run(make_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+def test_one_seed_is_one_run(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, run__steps=8)
     first, second, other = (tmp_path / name for name in ("first", "second", "other"))
-    curves = [train(make_config(out=out, steps=8)).curve for out in (first, second)]
-    train(make_config(out=other, steps=8, seed=1))
-    assert [point.train_loss for point in curves[0]] == [point.train_loss for point in curves[1]]
-    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
-    assert (first / "model.safetensors").read_bytes() != (other / "model.safetensors").read_bytes()
+    train(moved(config, first))
+    train(moved(config, second))
+    train(moved(tiny_run(tmp_path, run__steps=8, run__seed=1), other))
+    assert losses(first) == losses(second)
+    content = [(path / "latest" / "model.safetensors").read_bytes() for path in (first, second, other)]
+    assert content[0] == content[1]
+    assert content[0] != content[2]
 
 
-def test_a_run_by_time_ends_and_is_evaluated(make_config: Callable[..., TrainConfig]) -> None:
-    result = train(make_config(minutes=0.02, evaluations=2))
+def test_micro_batches_recomputation_and_loss_blocks_change_nothing_but_rounding(tmp_path: Path) -> None:
+    plain = tiny_run(tmp_path, run__steps=5)
+    train(moved(plain, tmp_path / "plain"))
+    for name, settings in {
+        "micro": {"run__micro_batch_size": 3},
+        "recompute": {"run__checkpoint_activations": True},
+        "blocks": {"run__logits_at_once": 7},
+    }.items():
+        config = tiny_run(tmp_path, run__steps=5, **settings)
+        train(moved(config, tmp_path / name))
+        found, expected = map(losses, (tmp_path / name, tmp_path / "plain"))
+        assert [float(x) for x in found] == pytest.approx([float(x) for x in expected], abs=2e-4), name
+
+
+def test_bfloat16_follows_float32_with_float32_weights(tmp_path: Path) -> None:
+    curves = {}
+    for precision in ("float32", "bfloat16"):
+        config = tiny_run(tmp_path, run__steps=12, run__precision=precision, optimizer__learning_rate=3e-3)
+        train(moved(config, tmp_path / precision))
+        curves[precision] = [float(loss) for loss in losses(tmp_path / precision)]
+    assert curves["bfloat16"] != curves["float32"]
+    assert curves["bfloat16"] == pytest.approx(curves["float32"], abs=0.1)
+    assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "bfloat16").values())
+
+
+def test_streams_carry_state_over_long_documents(tmp_path: Path) -> None:
+    """Loss of the second segment must depend on the first: the same run without state differs from there on."""
+    config = tiny_run(tmp_path, run__steps=4, data__rows="streams", run__seq_len=48)
+    train(moved(config, tmp_path / "carried"))
+
+    def forget(self: Any, index: int, batch: Any) -> Any:
+        return self.model.initial_state(len(batch.tokens))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_carried", forget)
+        train(moved(config, tmp_path / "forgotten"))
+    carried, forgotten = losses(tmp_path / "carried"), losses(tmp_path / "forgotten")
+    assert carried[0] == forgotten[0]
+    assert carried[1] != forgotten[1]
+
+
+def test_a_run_by_time_ends_and_is_evaluated(tmp_path: Path) -> None:
+    result = train(tiny_run(tmp_path, run__minutes=0.02, evaluation__times=2))
     assert result.steps >= 1
     assert result.curve[-1].step == result.steps
     assert weights(result.path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_first(make_config: Callable[..., TrainConfig], number: signal.Signals) -> None:
+def test_a_signal_saves_first(tmp_path: Path, number: signal.Signals) -> None:
     before = signal.getsignal(number)
 
     def interrupt(stage: str, fraction: float) -> None:
-        if fraction >= 0.1 and signal.getsignal(number) is not before:
+        if "loss" in stage and fraction >= 0.1 and signal.getsignal(number) is not before:
             os.kill(os.getpid(), number)
 
-    result = train(make_config(evaluations=1), progress=interrupt)
+    result = train(tiny_run(tmp_path, evaluation__times=1), progress=interrupt)
     assert result.interrupted
     assert result.steps == 3
     assert result.held_out_loss is None
@@ -111,99 +143,170 @@ def test_a_signal_saves_first(make_config: Callable[..., TrainConfig], number: s
     assert signal.getsignal(number) is before
 
 
-def test_a_diverging_run_keeps_the_last_good_checkpoint(
-    make_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = make_config(steps=10, evaluations=5)
-    monkeypatch.setattr(loop, "learning_rate", lambda run, fraction: 1e-2 if fraction < 0.5 else math.inf)
+def test_a_diverging_run_keeps_the_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_run(tmp_path, run__steps=10, evaluation__times=5)
+    monkeypatch.setattr(trainer, "learning_rate", lambda settings, fraction, step: 1e-2 if step < 5 else math.inf)
     with pytest.raises(TrainError, match="loss nan") as caught:
         train(config)
     assert "\n" not in str(caught.value)
-    assert f"{config.out} keeps the last good checkpoint" in str(caught.value)
-    assert all(torch.isfinite(tensor).all() for tensor in weights(config.out).values())
+    assert "step-00000004 keeps the last good checkpoint" in str(caught.value)
+    assert all(torch.isfinite(tensor).all() for tensor in weights(config.run.out).values())
 
 
-def test_a_run_that_diverges_at_once_writes_nothing(make_config: Callable[..., TrainConfig]) -> None:
-    config = make_config(learning_rate=1e9, warmup_fraction=0.0, evaluations=1)
+def test_a_run_that_diverges_at_once_says_so(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, optimizer__learning_rate=1e9, optimizer__warmup=0, evaluation__times=1)
     with pytest.raises(TrainError, match=r"diverged at step \d+.* no checkpoint was written") as caught:
         train(config)
-    assert "--lr" in str(caught.value)
-    assert not config.out.exists()
+    assert "optimizer.learning_rate" in str(caught.value)
 
 
-def test_gradients_that_are_not_finite_leave_the_weights_alone(make_config: Callable[..., TrainConfig]) -> None:
-    config = make_config()
-    corpus = read_corpus(SOURCES, glob="*", exclude=(), held_out_fraction=0.05)
-    trainer = loop.Trainer(config, corpus)
-    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-    trainer.model.layers[0].mega.wh1.weight.register_hook(lambda grad: grad * math.nan)
+def test_gradients_that_are_not_finite_leave_the_weights_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, torch.Tensor]] = []
+    build = trainer.build_model
+
+    def build_and_break(config: Any) -> Any:
+        model = build(config)
+        made.extend([model.state_dict(), {name: tensor.clone() for name, tensor in model.state_dict().items()}])
+        model.layers[0].mega.wh1.weight.register_hook(lambda grad: grad * math.nan)
+        return model
+
+    monkeypatch.setattr(trainer, "build_model", build_and_break)
     with pytest.raises(TrainError, match="gradient norm nan"):
-        trainer.step()
-    for name, tensor in trainer.model.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
+        train(tiny_run(tmp_path))
+    assert all(torch.equal(made[0][name], tensor) for name, tensor in made[1].items())
 
 
-def test_an_existing_output_is_kept_unless_told(make_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    short = {"steps": 2, "evaluations": 1}
-    train(make_config(**short))
-    with pytest.raises(TrainError, match=r"exists already.*--overwrite"):
-        train(make_config(**short, seed=1))
-    first = weights(tmp_path / "checkpoint")
-    train(make_config(**short, seed=1, overwrite=True))
-    second = weights(tmp_path / "checkpoint")
-    assert not torch.equal(first["embed.weight"], second["embed.weight"])
+def test_a_run_may_start_from_a_checkpoint(tmp_path: Path) -> None:
+    first = train(moved(tiny_run(tmp_path), tmp_path / "first"))
+    config = tiny_run(tmp_path, run__start_from=str(tmp_path / "first"), run__steps=2, model__num_layers=2)
+    second = train(config)
+    assert second.first_loss is not None
+    assert first.train_loss is not None
+    assert second.first_loss < first.train_loss
+    with pytest.raises(UserError, match=r"model\.num_layers is not that of run\.start_from"):
+        tiny_run(tmp_path, run__start_from=str(tmp_path / "first"), model__num_layers=3)
 
 
-def test_only_a_checkpoint_is_overwritten(make_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    photos = tmp_path / "photos"
+def test_an_existing_run_is_kept_unless_told(tmp_path: Path) -> None:
+    train(tiny_run(tmp_path, run__steps=2))
+    with pytest.raises(TrainError, match=r"exists already.*--resume or --overwrite"):
+        train(tiny_run(tmp_path, run__steps=2, run__seed=1))
+    first = weights(tmp_path / "run")
+    train(tiny_run(tmp_path, run__steps=2, run__seed=1), overwrite=True)
+    assert not torch.equal(first["embed.weight"], weights(tmp_path / "run")["embed.weight"])
+    assert RunFolder(tmp_path / "run", 2).steps() == [1, 2]
+
+
+def test_only_a_run_is_removed(tmp_path: Path) -> None:
+    photos = tmp_path / "run"
     photos.mkdir()
     (photos / "cat.jpg").write_bytes(b"meow")
-    with pytest.raises(TrainError, match="no checkpoint"):
-        train(make_config(out=photos, overwrite=True))
+    for options in ({"overwrite": True}, {"resume": True}, {}):
+        with pytest.raises(TrainError, match="is no training run"):
+            train(tiny_run(tmp_path), **options)
     assert (photos / "cat.jpg").read_bytes() == b"meow"
 
 
-@pytest.mark.parametrize("values", [{"data": (Path("missing"),)}, {"seq_len": 10**7}])
-def test_bad_data_is_one_line_and_leaves_nothing(
-    make_config: Callable[..., TrainConfig], values: dict[str, Any]
-) -> None:
-    config = make_config(**values)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"data__paths": ["missing"]},
+        {"data__rows": "windows", "run__seq_len": 10**7},
+        {"model__vocab_size": 255},
+        {"run__device": "nonsense"},
+        {"data__paths": [sys.executable]},
+    ],
+)
+def test_bad_data_is_one_line_and_an_earlier_run_stays(tmp_path: Path, settings: dict[str, Any]) -> None:
+    train(tiny_run(tmp_path, run__steps=1))
+    before = weights(tmp_path / "run")
     with pytest.raises(UserError) as caught:
-        train(config)
+        train(tiny_run(tmp_path, **settings), overwrite=True)
     assert "\n" not in str(caught.value)
-    assert not config.out.exists()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path / "run").items())
 
 
-def test_threads_are_given_back(make_config: Callable[..., TrainConfig]) -> None:
+def test_threads_are_given_back(tmp_path: Path) -> None:
     before = torch.get_num_threads()
     used: list[int] = []
     train(
-        make_config(steps=1, threads=before + 1),
+        tiny_run(tmp_path, run__steps=1, run__threads=before + 1),
         progress=lambda stage, fraction: used.append(torch.get_num_threads()),
     )
     assert used[-1] == before + 1
     assert torch.get_num_threads() == before
 
 
-def test_progress_tells_the_loss_and_ends_at_one(make_config: Callable[..., TrainConfig]) -> None:
+def test_progress_tells_the_loss_and_ends_at_one(tmp_path: Path) -> None:
     seen: list[tuple[str, float]] = []
-    train(make_config(steps=5), progress=lambda stage, fraction: seen.append((stage, fraction)))
-    fractions = [fraction for _, fraction in seen]
+    config = tiny_run(tmp_path, run__steps=5, log__peak_tflops=0.1)
+    train(config, progress=lambda stage, fraction: seen.append((stage, fraction)))
+    fractions = [fraction for stage, fraction in seen if "loss" in stage]
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1.0
-    assert all(word in seen[-1][0] for word in ("loss", "held out", "tokens/s", "left"))
+    assert all(word in seen[-1][0] for word in ("loss", "held out", "tokens/s", "left", "% of peak"))
 
 
-def test_missing_pytorch_names_the_extra(
-    make_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+def test_logs_plot_board_and_samples_are_written(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    settings = {"log__plot": True, "log__tensorboard": True, "log__sample_tokens": 12, "log__sample_prompt": "def "}
+    result = train(tiny_run(tmp_path, run__steps=6, evaluation__times=2, log__every_steps=2, **settings))
+    rows = read_log(tmp_path / "run" / "log.csv")
+    assert [int(row["step"]) for row in rows] == [2, 3, 4, 6]  # every second one and the evaluations
+    assert float(rows[-1]["held_out_loss"]) == result.held_out_loss
+    assert b"<svg" in (tmp_path / "run" / "loss.svg").read_bytes()
+    assert [path.stat().st_size > 100 for path in (tmp_path / "run" / "tensorboard").iterdir()] == [True]
+    samples = [path.read_text() for path in sorted((tmp_path / "run" / "samples").iterdir())]
+    assert len(samples) == 2
+    assert all(text.startswith("def ") and len(text.encode()) >= 4 + 12 for text in samples)
+
+
+def test_samples_and_logs_do_not_touch_the_training(tmp_path: Path) -> None:
+    train(moved(tiny_run(tmp_path, run__steps=6), tmp_path / "plain"))
+    config = tiny_run(tmp_path, run__steps=6, log__sample_tokens=5, checkpoint__every_steps=1, evaluation__times=6)
+    train(moved(config, tmp_path / "watched"))
+    assert losses(tmp_path / "plain") == losses(tmp_path / "watched")
+
+
+@pytest.mark.parametrize(("package", "setting"), [("matplotlib", "log__plot"), ("tensorboard", "log__tensorboard")])
+def test_a_missing_package_is_one_line_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, setting: str
 ) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else object())
+    with pytest.raises(MissingDependencyError, match=rf"{package}: pip install 'megalodon-deploy\[plots\]'"):
+        train(tiny_run(tmp_path, **{setting: True}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_pytorch_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_run(tmp_path)
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(MissingDependencyError, match=r"megalodon-deploy\[train\]"):
-        train(make_config())
+        train(config)
 
 
-def test_the_first_windows_follow_the_seed(make_config: Callable[..., TrainConfig]) -> None:
-    corpus = read_corpus(SOURCES, glob="*", exclude=(), held_out_fraction=0.05)
-    draws = [loop.Trainer(make_config(seed=seed), corpus).rng.integers(0, 1000, 8) for seed in (0, 0, 1)]
-    np.testing.assert_array_equal(draws[0], draws[1])
-    assert not np.array_equal(draws[0], draws[2])
+def test_the_step_goes_on_while_a_checkpoint_is_written() -> None:
+    """The second write waits for the first; an error in the background is not lost."""
+    writer, begun, release, written = BackgroundWriter(), threading.Event(), threading.Event(), []
+
+    def slow() -> None:
+        begun.set()
+        release.wait(10)
+        written.append("first")
+
+    writer.submit(slow)
+    assert begun.wait(10)
+    assert written == []
+    release.set()
+    writer.submit(lambda: written.append("second"))
+    writer.wait()
+    assert written == ["first", "second"]
+    writer.submit(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        writer.wait()
+    writer.close()
+
+
+def test_the_text_of_the_tests_is_there() -> None:
+    assert all(Path(source).stat().st_size > 10_000 for source in SOURCES)

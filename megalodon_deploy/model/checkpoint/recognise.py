@@ -13,11 +13,12 @@ from megalodon_deploy.model.checkpoint.shards import WEIGHTS_GLOB
 from megalodon_deploy.model.checkpoint.tensor_file import TensorFile, is_safetensors, open_tensor_file
 from megalodon_deploy.model.checkpoint.types import Checkpoint
 
+LATEST_OF_RUN = "latest"  # a training run's folder links to its checkpoints
 _KNOWN = "megalodon-deploy's own, the released one, megalodon-jax, megalodon-hf"
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a checkpoint of any supported layout: a directory, or one weight file.
+    """Open a checkpoint of any supported layout: a directory, or one weight file; of a training run the latest one.
 
     Names, shapes and types of all tensors are checked here; values are read by `Checkpoint.tensor`. Raises
     `CheckpointError` in one line naming the file, the tensor, and what was expected and found.
@@ -25,6 +26,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     root = Path(path)
     if not root.exists():
         raise CheckpointError(f"{root} does not exist; expected a checkpoint directory or a weight file")
+    if (root / LATEST_OF_RUN).is_dir() and not (root / CONFIG_FILE).exists():
+        root = root / LATEST_OF_RUN
     if root.is_dir() and not any(root.iterdir()):
         raise CheckpointError(f"{root} is an empty directory; expected a checkpoint")
     reader = _recognise(root)

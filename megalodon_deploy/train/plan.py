@@ -1,0 +1,127 @@
+"""How a run lies on processes: what a rank computes, and what has to be brought together.
+
+The loop asks a plan for everything that more than one process would change. `OneProcess` is the plan of a single one;
+distributed plans live in `train.parallel`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from megalodon_deploy.model.megalodon import Megalodon, ModelState
+from megalodon_deploy.train.objective import Objective
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, by the names of its own state
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of what is trained, whole and on the CPU, that later steps do not change."""
+
+    weights: dict[str, Tensor]  # by released name
+    moments: dict[str, Tensor]  # `exp_avg.NAME` and `exp_avg_sq.NAME`; empty before the first step
+    stream: dict[str, Tensor]  # state of all rows, where it is carried from step to step
+
+
+class Plan(Protocol):
+    """One rank's view of the run. Losses and gradients are sums over ranks, never means."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def rows(self, batch_size: int) -> slice:
+        """The rows of a step that this rank computes. Raises `TrainError` when they do not divide."""
+        ...
+
+    def prepare(self, objective: Objective) -> nn.Module:
+        """The module whose forward the loop calls; parameters may be sharded from here on, and the optimiser is made
+        of them afterwards."""
+        ...
+
+    def reduce_gradients(self, objective: nn.Module) -> None:
+        """After the last backward pass of a step: every gradient becomes its sum over ranks."""
+        ...
+
+    def clip_gradients(self, objective: nn.Module, max_norm: float) -> Tensor:
+        """Scale all gradients so that their norm is at most `max_norm`; returns the norm before."""
+        ...
+
+    def sum(self, value: Tensor) -> Tensor:
+        """A scalar's sum over ranks."""
+        ...
+
+    def capture(self, model: Megalodon, optimizer: Optimizer, state: ModelState | None) -> Snapshot | None:
+        """A snapshot on rank 0, None elsewhere; all ranks call it. `state` is this rank's rows, on the CPU or not."""
+        ...
+
+    def restore(self, snapshot: Snapshot, model: Megalodon, optimizer: Optimizer, num_steps: int) -> None:
+        """Put weights and moments back, as after `num_steps` steps; every rank has read the same snapshot."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        ...
+
+
+class OneProcess:
+    """Everything on one device."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def rows(self, batch_size: int) -> slice:
+        return slice(0, batch_size)
+
+    def prepare(self, objective: Objective) -> nn.Module:
+        return objective.to(self.device)
+
+    def reduce_gradients(self, objective: nn.Module) -> None:
+        pass
+
+    def clip_gradients(self, objective: nn.Module, max_norm: float) -> Tensor:
+        return torch.nn.utils.clip_grad_norm_(objective.parameters(), max_norm)
+
+    def sum(self, value: Tensor) -> Tensor:
+        return value
+
+    def capture(self, model: Megalodon, optimizer: Optimizer, state: ModelState | None) -> Snapshot | None:
+        named = dict(model.named_parameters())
+        moments = {
+            f"{moment}.{name}": _copy(optimizer.state[parameter][moment])
+            for name, parameter in named.items()
+            for moment in MOMENTS
+            if parameter in optimizer.state
+        }
+        stream = {} if state is None else {"position": state.position, **state.tensors}
+        return Snapshot(
+            {name: _copy(parameter) for name, parameter in named.items()},
+            moments,
+            {name: _copy(tensor) for name, tensor in stream.items()},
+        )
+
+    def restore(self, snapshot: Snapshot, model: Megalodon, optimizer: Optimizer, num_steps: int) -> None:
+        model.load_state_dict(snapshot.weights)
+        if num_steps == 0:
+            return
+        for name, parameter in model.named_parameters():
+            moments = {moment: snapshot.moments[f"{moment}.{name}"] for moment in MOMENTS}
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(num_steps), device=parameter.device),
+                **{moment: tensor.to(parameter.device, copy=True) for moment, tensor in moments.items()},
+            }
+
+    def barrier(self) -> None:
+        pass
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()

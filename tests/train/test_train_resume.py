@@ -1,0 +1,159 @@
+"""A run that is cut anywhere goes on as if it had not been: the same losses and weights, bit for bit."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from train.training_helpers import moved, tiny_run, weights
+
+from megalodon_deploy.cli import cli
+from megalodon_deploy.errors import TrainError
+from megalodon_deploy.train import TrainConfig, train
+from megalodon_deploy.train.checkpoints import RunFolder
+from megalodon_deploy.train.log import read_log
+
+
+def curve(path: Path) -> list[tuple[str, str, str, str]]:
+    columns = ("step", "loss", "gradient_norm", "held_out_loss")
+    return [tuple(row[name] for name in columns) for row in read_log(path / "log.csv")]  # type: ignore[misc]
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    assert curve(found) == curve(expected)
+    for name in ("model.safetensors", "training/moments.safetensors", "training/stream.safetensors"):
+        first, second = load_file(found / "latest" / name), load_file(expected / "latest" / name)
+        assert first.keys() == second.keys()
+        for key, tensor in second.items():
+            assert torch.equal(first[key], tensor), f"{name}: {key}"
+
+
+def stop_after(steps: int, config: TrainConfig) -> Any:
+    """A progress callback that sends SIGTERM once `steps` steps are done."""
+    assert config.run.steps is not None
+
+    def watch(stage: str, fraction: float) -> None:
+        if "loss" in stage and fraction == steps / config.run.steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return watch
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"data__rows": "documents"},
+        {"data__rows": "windows", "run__micro_batch_size": 3},
+        {"data__rows": "streams", "run__seq_len": 48},
+        {"data__rows": "streams", "run__seq_len": 12, "run__micro_batch_size": 2},  # rows within their chunks
+    ],
+    ids=["documents", "windows", "streams", "streams-in-chunk"],
+)
+def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path: Path, settings: dict[str, Any]) -> None:
+    config = tiny_run(tmp_path, run__steps=12, evaluation__times=3, **settings)
+    train(moved(config, tmp_path / "whole"))
+    cut = moved(config, tmp_path / "cut")
+    for steps in (3, 8):
+        assert train(cut, resume=True, progress=stop_after(steps, config)).interrupted
+    assert train(cut, resume=True).steps == 12
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+def run_in_child(config: TrainConfig) -> None:
+    train(config, resume=True)
+
+
+def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+    """SIGKILL at random moments of a run that does little but write checkpoints."""
+    config = tiny_run(tmp_path, run__steps=40, evaluation__times=4, checkpoint__every_steps=1, checkpoint__keep=1)
+    started = time.monotonic()
+    train(moved(config, tmp_path / "whole"))
+    seconds = time.monotonic() - started
+    killed, moments = moved(config, tmp_path / "killed"), random.Random(5)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "megalodon_deploy.train.loop"])
+    kills = 0
+    for _ in range(12):
+        child = context.Process(target=run_in_child, args=(killed,))
+        child.start()
+        child.join(moments.uniform(0.1, 0.6) * seconds)
+        if child.exitcode is not None:
+            break
+        child.kill()
+        child.join()
+        kills += 1
+        latest = killed.run.out / "latest"
+        if latest.exists():
+            assert all(torch.isfinite(tensor).all() for tensor in weights(latest).values())
+    train(killed, resume=True)
+    assert kills >= 2
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    assert not [path for path in (killed.run.out / "checkpoints").iterdir() if path.name.startswith(".")]
+
+
+def test_the_latest_and_the_best_are_kept(tmp_path: Path) -> None:
+    def steps_of(**settings: Any) -> tuple[list[int], Path]:
+        config = tiny_run(tmp_path, run__steps=8, checkpoint__every_steps=1, **settings)
+        out = train(config, overwrite=True).path
+        return RunFolder(out, 1).steps(), out
+
+    steps, out = steps_of(checkpoint__keep=3)
+    assert steps == [6, 7, 8]
+    assert (out / "latest").resolve().name == (out / "best").resolve().name == "step-00000008"
+    # A rate that destroys what was learned: the first checkpoint stays the best.
+    worse = {"optimizer__learning_rate": 0.3, "optimizer__warmup": 0, "evaluation__times": 8}
+    steps, out = steps_of(checkpoint__keep=2, **worse)
+    best = int((out / "best").resolve().name.removeprefix("step-"))
+    losses = {row["step"]: float(row["held_out_loss"]) for row in read_log(out / "log.csv")}
+    assert losses[str(best)] == min(losses.values())
+    assert steps == sorted({best, 7, 8})
+
+
+def test_a_finished_run_may_be_made_longer(tmp_path: Path) -> None:
+    train(tiny_run(tmp_path, run__steps=4))
+    assert train(tiny_run(tmp_path, run__steps=6), resume=True).steps == 6
+    assert [step for step, *_ in curve(tmp_path / "run")] == [str(step) for step in range(1, 7)]
+    assert train(tiny_run(tmp_path, run__steps=6), resume=True).steps == 6  # nothing is left to do
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"run__seed": 9}, r"run\.seed = 9, the earlier run had 0"), ({"run__seq_len": 24}, r"run\.seq_len = 24")],
+)
+def test_another_run_is_not_gone_on_with(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    train(tiny_run(tmp_path, run__steps=2))
+    with pytest.raises(TrainError, match=message) as caught:
+        train(tiny_run(tmp_path, run__steps=4, **settings), resume=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, run__steps=2)
+    train(config)
+    moments = tmp_path / "run" / "latest" / "training" / "moments.safetensors"
+    moments.write_bytes(moments.read_bytes()[:-7])
+    with pytest.raises(TrainError, match=r"step-00000002: damaged .* remove it"):
+        train(config, resume=True)
+
+
+def test_the_command_goes_on_with_its_own_settings(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(tiny_run(tmp_path, run__steps=3).to_toml())
+
+    def invoke(*arguments: str) -> Any:
+        return CliRunner().invoke(cli, ["train", *arguments], catch_exceptions=False)
+
+    assert "3 steps" in invoke(str(tmp_path / "run.toml"), "run.batch_size=2").stdout
+    out = str(tmp_path / "run")
+    assert "5 steps" in invoke("--resume", "--out", out, "--steps", "5").stdout
+    printed = invoke("--resume", "--out", out, "--print-config").stdout
+    assert "batch_size = 2" in printed
+    assert "steps = 5" in printed

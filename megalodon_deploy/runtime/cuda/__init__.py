@@ -1,0 +1,1 @@
+"""State of streams in GPU memory: what is done when, apart from the calls that do it."""

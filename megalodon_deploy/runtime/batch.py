@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megalodon_deploy.errors import StateError, UserError
+from megalodon_deploy.runtime.device_array import DeviceArray
 from megalodon_deploy.runtime.sampling import SamplingParams
 from megalodon_deploy.runtime.saved_stream import SavedStream, check_fingerprint, read_saved_stream
 from megalodon_deploy.runtime.stream import Stream, check_tokens
@@ -119,6 +120,13 @@ class StreamBatch:
     def logits(self, stream: Stream) -> np.ndarray:
         """A copy of the logits [V] float32 that follow a stream's last token, computed in this batch."""
         return self._memory.logits(self._slot_of(stream))
+
+    def logits_on_gpu(self, stream: Stream) -> DeviceArray:
+        from megalodon_deploy.runtime.cuda.memory import CudaMemory
+
+        if not isinstance(self._memory, CudaMemory):
+            raise UserError(f"the logits of {self.session.backend} are in main memory; use last_logits")
+        return self._memory.logits_on_gpu(self._slot_of(stream))
 
     def _rows_left(self, slot: int) -> int:
         chunk_size = self.session.config.chunk_size

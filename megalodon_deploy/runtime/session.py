@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megalodon_deploy.errors import EngineError, UserError
+from megalodon_deploy.errors import UserError
 from megalodon_deploy.runtime.batch import StreamBatch
 from megalodon_deploy.runtime.executors.base import Executor
 from megalodon_deploy.runtime.saved_stream import SavedStream
@@ -19,6 +20,7 @@ from megalodon_deploy.tokenizers import Tokenizer, open_tokenizer
 
 if TYPE_CHECKING:
     from megalodon_deploy.bundle import Bundle
+    from megalodon_deploy.runtime.cuda.gpu import Gpu
 
 BACKENDS = ("onnxruntime", "torch", "tensorrt", "tensorrt-rtx")
 
@@ -28,37 +30,85 @@ def open_session(
     backend: str = "onnxruntime",
     *,
     threads: int | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     dtype: str | None = None,
     native: bool | None = None,
+    stream: object | None = None,
 ) -> Session:
     """Load a bundle's model.
 
-    `threads`: CPU threads of one call; None: as many as the machine has cores. `device` and `dtype` ("float32",
-    "float16", "bfloat16"; None: the bundle's precision) are for the torch backend; ONNX Runtime runs on the CPU in
-    the bundle's precision. `native` is for onnxruntime: ComplexEMA and TimestepNorm as compiled operators (True), as
-    the function bodies in the graph (False), or compiled where the library was built and MEGALODON_KERNELS is not
-    "reference" (None). Raises `UserError` for an unknown value, `EngineError` for a backend that cannot run this
-    bundle on this machine, `MissingDependencyError` for a package that is not installed.
+    `threads`: CPU threads of one call; None: as many as the machine has cores. `device`: "cpu", "cuda" or "cuda:1";
+    None: "cpu" for onnxruntime and torch, for TensorRT the current CUDA context, or else the first GPU. `dtype`
+    ("float32", "float16", "bfloat16"; None: the bundle's precision) is for the torch backend. `native` is for
+    onnxruntime on the CPU: ComplexEMA and TimestepNorm as compiled operators (True), as the function bodies in the
+    graph (False), or compiled where the library was built and MEGALODON_KERNELS is not "reference" (None).
+    `stream`: a CUDA stream of PyCUDA, CuPy, PyTorch or cuda.core, or its handle, on which TensorRT and ONNX Runtime on
+    CUDA then work; its context is the current one, and its owner keeps it alive.
+    Raises `UserError` for an unknown value, `EngineError` for a backend that cannot run this bundle on this machine,
+    `MissingDependencyError` for a package that is not installed.
     """
     if threads is not None and threads < 1:
         raise UserError(f"threads = {threads} is not a positive integer")
-    if backend == "onnxruntime":
-        if device != "cpu" or dtype is not None:
-            option = f"device = {device!r}" if device != "cpu" else f"dtype = {dtype!r}"
-            raise UserError(f"onnxruntime runs on the CPU in the bundle's precision: leave out {option}, or use torch")
-        from megalodon_deploy.runtime.executors.onnxruntime import OnnxRuntimeExecutor
+    if backend not in BACKENDS:
+        raise UserError(f"unknown backend {backend!r}; there are: {', '.join(BACKENDS)}")
+    if dtype is not None and backend != "torch":
+        raise UserError(f"{backend} runs in the bundle's precision: leave out dtype = {dtype!r}, or use torch")
+    options = _Options(backend, threads, device, dtype, native, stream)
+    if stream is not None and not options.is_shared_gpu:
+        raise UserError("stream: only TensorRT and onnxruntime with device = 'cuda' work on a given CUDA stream")
+    if native is not None and (backend != "onnxruntime" or options.is_shared_gpu):
+        raise UserError(f"native = {native}: only onnxruntime on the CPU has compiled operators")
+    return Session(bundle, _open_executor(bundle, options))
 
-        return Session(bundle, OnnxRuntimeExecutor(bundle, threads=threads, native=native))
+
+@dataclass(frozen=True)
+class _Options:
+    """The arguments of `open_session`."""
+
+    backend: str
+    threads: int | None
+    device: str | None
+    dtype: str | None
+    native: bool | None
+    stream: object | None
+
+    @property
+    def is_shared_gpu(self) -> bool:
+        """Whether our own GPU memory is used, which PyTorch does not."""
+        if self.backend == "onnxruntime":
+            return self.device not in (None, "cpu")
+        return self.backend.startswith("tensorrt")
+
+
+def _open_executor(bundle: Bundle, options: _Options) -> Executor:
+    backend, threads, device = options.backend, options.threads, options.device
     if backend == "torch":
         from megalodon_deploy.runtime.executors.torch import TorchExecutor
 
-        return Session(bundle, TorchExecutor(bundle, threads=threads, device=device, dtype=dtype))
-    if backend in BACKENDS:
-        raise EngineError(
-            f"backend {backend!r} needs an NVIDIA GPU, which this release does not drive; use onnxruntime"
-        )
-    raise UserError(f"unknown backend {backend!r}; there are: {', '.join(BACKENDS)}")
+        return TorchExecutor(bundle, threads=threads, device=device or "cpu", dtype=options.dtype)
+    if not options.is_shared_gpu:
+        from megalodon_deploy.runtime.executors.onnxruntime import OnnxRuntimeExecutor
+
+        return OnnxRuntimeExecutor(bundle, threads=threads, native=options.native)
+    gpu = _open_gpu(backend, device, options.stream)
+    if backend == "onnxruntime":
+        from megalodon_deploy.runtime.executors.onnxruntime_cuda import OnnxRuntimeCudaExecutor
+
+        return OnnxRuntimeCudaExecutor(bundle, gpu, threads=threads)
+    from megalodon_deploy.engine.targets import check_flavour
+    from megalodon_deploy.runtime.executors.tensorrt import TensorRTExecutor
+
+    return TensorRTExecutor(bundle, check_flavour(backend), gpu)
+
+
+def _open_gpu(backend: str, device: str | None, stream: object | None) -> Gpu:
+    kind, _, index = (device or "cuda").partition(":")
+    if kind != "cuda" or not (index.isdecimal() or (not index and ":" not in (device or ""))):
+        raise UserError(f"device = {device!r}: {backend} runs on 'cuda', or 'cuda:1' for the second GPU")
+    from megalodon_deploy.runtime.cuda.driver import CudaGpu
+    from megalodon_deploy.runtime.device_array import stream_handle
+
+    return CudaGpu(int(index) if index else None, None if stream is None else stream_handle(stream))
 
 
 class Session:

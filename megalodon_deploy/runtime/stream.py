@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megalodon_deploy.errors import StateError, UserError
+from megalodon_deploy.runtime.device_array import DeviceArray, download, is_device_array
 from megalodon_deploy.runtime.generation import GeneratedToken, Generation
 from megalodon_deploy.runtime.sampling import HISTORY_TOKENS, Choice, Generator, SamplingParams
 from megalodon_deploy.runtime.saved_stream import SavedStream
@@ -76,6 +77,17 @@ class Stream:
             stop_strings=stop_strings,
         )
         return self._generate(self.prompt_tokens(prompt), generation)
+
+    @property
+    def logits_on_gpu(self) -> DeviceArray:
+        """`last_logits` where they are computed, without a copy: an array that PyCUDA, CuPy and PyTorch take, valid
+        until the next call of the stream's batch. What is written there is what `generate` chooses from.
+
+        Raises `UserError` where the logits are not on a GPU, and on a stream that no call has advanced yet.
+        """
+        if self._resumed_logits_V is not None or not self.position:
+            raise UserError("no logits of this stream are on the GPU yet; step it or prefill it first")
+        return self._batch.logits_on_gpu(self)
 
     def snapshot(self) -> SavedStream:
         """The stream's whole state, copied; `resume` takes it as it takes a file."""
@@ -205,7 +217,12 @@ class Stream:
 
 
 def check_tokens(tokens: Sequence[int], vocab_size: int) -> list[int]:
-    """Tokens as plain integers. Raises `UserError` when one is none, or is outside the vocabulary."""
+    """Tokens as plain integers, also those of a GPU array. Raises `UserError` when one is none, or is outside the
+    vocabulary."""
+    if is_device_array(tokens):
+        from megalodon_deploy.runtime.cuda.driver import copy_to_host
+
+        tokens = download(tokens, copy_to_host).tolist()
     array = np.asarray(list(tokens) if isinstance(tokens, bytes) else tokens)
     if array.size and (array.ndim != 1 or not np.issubdtype(array.dtype, np.integer)):
         raise UserError(f"tokens = {tokens!r:.60} is not a list of integers")

@@ -120,6 +120,13 @@ class CudaGpu:
         _check(rt.cudaGraphExecDestroy(graph))
 
 
+def copy_to_host(target: int, source: int, size_bytes: int, stream: int | None) -> None:
+    """Copy device memory of the current context, after what its stream holds; returns when it is done."""
+    if stream is not None:
+        _check(rt.cudaStreamSynchronize(stream))
+    _check(rt.cudaMemcpy(target, source, size_bytes, rt.cudaMemcpyKind.cudaMemcpyDefault))
+
+
 def _check(result: tuple[Any, ...]) -> Any:
     """What a call returned besides its status. Raises `EngineError` naming the status unless it is success."""
     status, *values = result

@@ -79,11 +79,13 @@ class Layout:
         self.max_tokens = config.chunk_size if num_slots == 1 else 1
         self._returns_all_logits = returns_all_logits
         specs = list(state_specs(config))
-        self.rows = [self._row_tensor(spec, activation) for spec in specs if _is_rows(spec)]
+        self.rows = [self._row_tensor(spec, activation) for spec in specs if spec.is_rows]
         self.recurrent = [
-            PairTensor(spec.past, spec.present, concrete_shape(spec.past_shape, batch=1)[1:], np.dtype(np.float32))
+            PairTensor(
+                spec.past, spec.present, concrete_shape(spec.past_shape, batch=1)[1:], spec.numpy_dtype(activation)
+            )
             for spec in specs
-            if not _is_rows(spec)
+            if not spec.is_rows
         ]
         self.logits = PairTensor(LOGITS, LOGITS, (config.vocab_size,), np.dtype(np.float32))
 
@@ -148,17 +150,9 @@ class Layout:
         return scratch[_CONTROL]
 
     def _row_tensor(self, spec: StateSpec, activation: np.dtype) -> RowTensor:
-        dtype = _dtype(spec, activation)
+        dtype = spec.numpy_dtype(activation)
         _, heads, _, *width = concrete_shape(spec.past_shape, batch=1)
         return RowTensor(spec, dtype, heads, math.prod(width) * dtype.itemsize, self.chunk_size)
 
 
 _CONTROL = "positions and tokens"
-
-
-def _is_rows(spec: StateSpec) -> bool:
-    return "S" in spec.past_shape
-
-
-def _dtype(spec: StateSpec, activation: np.dtype) -> np.dtype:
-    return activation if spec.is_activation else np.dtype(np.float32)

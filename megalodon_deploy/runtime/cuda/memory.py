@@ -23,6 +23,7 @@ from megalodon_deploy.runtime.cuda.gpu import Gpu
 from megalodon_deploy.runtime.cuda.kernels import Append, Kernels
 from megalodon_deploy.runtime.cuda.layout import INT64_BYTES, Layout, PairTensor, Tensor
 from megalodon_deploy.runtime.cuda.staging import Block, StagingRing
+from megalodon_deploy.runtime.device_array import DeviceArray
 from megalodon_deploy.runtime.executors.base import SlotMemory
 from megalodon_deploy.runtime.sampling import Choice
 from megalodon_deploy.state import LOGITS
@@ -180,13 +181,14 @@ class CudaMemory:
     def logits(self, slot: int) -> np.ndarray:
         address, array = self._host_logits
         with self._gpu.current():
-            self._gpu.copy(address, self.logits_address(slot), self._layout.logits.slot_bytes)
+            self._gpu.copy(address, self._pair_address(self._layout.logits, slot), self._layout.logits.slot_bytes)
             self._gpu.synchronize()
         return array.view(np.float32).copy()
 
-    def logits_address(self, slot: int) -> int:
-        """Where the logits [V] float32 of a slot lie until the next call."""
-        return self._pair_address(self._layout.logits, slot)
+    def logits_on_gpu(self, slot: int) -> DeviceArray:
+        """The logits [V] float32 of a slot where they lie until the next call."""
+        logits = self._layout.logits
+        return DeviceArray(self._pair_address(logits, slot), logits.shape, logits.dtype, self._gpu.stream, self)
 
     def choose(self, choices: Mapping[int, Choice]) -> dict[int, int]:
         tokens = {slot: choice.of(self.logits(slot)) for slot, choice in choices.items()}

@@ -9,11 +9,24 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from megalodon_deploy.runtime.sampling import Choice
+
+if TYPE_CHECKING:
+    from megalodon_deploy.bundle import Precision
+
+
+def activation_dtype(precision: Precision) -> np.dtype:
+    """The numpy type of a bundle's activations."""
+    if precision == "bf16":
+        import ml_dtypes
+
+        bfloat16: np.dtype = np.dtype(ml_dtypes.bfloat16)
+        return bfloat16
+    return np.dtype(np.float16 if precision == "fp16" else np.float32)
 
 
 class SlotMemory(Protocol):

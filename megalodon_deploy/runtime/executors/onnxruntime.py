@@ -9,7 +9,7 @@ capacity changes. Letters as in `megalodon_deploy.state`.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +50,8 @@ class OnnxRuntimeExecutor:
         self.activation = _ACTIVATIONS[precision]
         self.returns_all_logits = bundle.manifest.logits == "all"
         self.operators = _operators(bundle, native)
-        self.session = _load(bundle, threads, self.operators)
+        with huge_pages():
+            self.session = load_session(bundle, threads, ["CPUExecutionProvider"], self.operators)
         names = {spec.past for spec in state_specs(self.config)} | {TOKENS, POSITION}
         if unlike := sorted(names ^ {node.name for node in self.session.get_inputs()}):
             raise BundleError(f"{bundle.model_path}: input {unlike[0]} does not follow from its config; export again")
@@ -185,13 +186,28 @@ def _operators(bundle: Bundle, native: bool | None) -> Path | None:
     return library
 
 
-def _load(bundle: Bundle, threads: int | None, operators: Path | None) -> Any:
+def import_onnxruntime() -> Any:
+    """The module. Raises `MissingDependencyError` naming the extras."""
     try:
         import onnxruntime
     except ImportError as error:
         raise MissingDependencyError(
             "ONNX Runtime is not installed: pip install 'megalodon-deploy[cpu]', or [gpu] where CUDA is"
         ) from error
+    return onnxruntime
+
+
+def load_session(
+    bundle: Bundle,
+    threads: int | None,
+    providers: Sequence[str | tuple[str, Mapping[str, str]]],
+    operators: Path | None = None,
+) -> Any:
+    """A bundle's graph, on the first provider that takes each node, with a library of compiled operators or without.
+
+    Raises `BundleError` when the graph is refused, `EngineError` when the library is.
+    """
+    onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _QUIET
     options.intra_op_num_threads = threads or 0
@@ -202,8 +218,7 @@ def _load(bundle: Bundle, threads: int | None, operators: Path | None) -> Any:
             text = " ".join(str(error).split())
             raise EngineError(f"{operators}: ONNX Runtime cannot load it ({text}); build it again") from error
     try:
-        with huge_pages():
-            return onnxruntime.InferenceSession(str(bundle.model_path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(bundle.model_path), options, providers=list(providers))
     except Exception as error:  # its error classes share no other base
         text = " ".join(str(error).split())
         raise BundleError(f"{bundle.model_path}: ONNX Runtime cannot load it ({text}); export it again") from error

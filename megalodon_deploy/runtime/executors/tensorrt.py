@@ -1,0 +1,146 @@
+"""TensorRT and TensorRT-RTX: an engine of the bundle on an NVIDIA GPU. Neither PyTorch nor ONNX is imported.
+
+Only the calls into TensorRT are here; what is bound and when is decided in `megalodon_deploy.runtime.cuda`.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megalodon_deploy.engine.info import EngineInfo, check_engine, list_engines
+from megalodon_deploy.engine.library import check_abi, find_plugin_library
+from megalodon_deploy.engine.targets import FLAVOURS, Flavour
+from megalodon_deploy.errors import EngineError, MissingDependencyError
+from megalodon_deploy.runtime.cuda.arena import Arena
+from megalodon_deploy.runtime.cuda.engine import Engine
+from megalodon_deploy.runtime.cuda.gpu import Gpu
+from megalodon_deploy.runtime.cuda.kernels import Kernels
+from megalodon_deploy.runtime.cuda.layout import Tensor
+from megalodon_deploy.runtime.cuda.memory import CudaMemory
+from megalodon_deploy.runtime.executors.base import activation_dtype
+from megalodon_deploy.runtime.executors.engine_choice import Place, choose_engine
+from megalodon_deploy.state import LOGITS, POSITION, TOKENS, state_specs
+
+if TYPE_CHECKING:
+    from megalodon_deploy.bundle import Bundle
+
+
+class TensorRTExecutor:
+    """Raises `MissingDependencyError` without TensorRT or libmegalodon, `EngineError` when no engine of the bundle
+    fits this GPU and TensorRT, or TensorRT refuses it."""
+
+    def __init__(self, bundle: Bundle, flavour: Flavour, gpu: Gpu) -> None:
+        trt = _import(flavour)
+        self.backend: str = flavour
+        self.config = bundle.config
+        self.activation = activation_dtype(bundle.manifest.precision)
+        self.returns_all_logits = bundle.manifest.logits == "all"
+        self.gpu = gpu
+        self.info = choose_engine(bundle, list_engines(bundle), Place(flavour, trt.__version__, gpu.capability))
+        path = check_engine(bundle, self.info)
+        library = find_plugin_library()
+        check_abi(library)
+        self.kernels = Kernels(library)
+        with gpu.current():
+            engine = _Engine(trt, path, self.info, library, gpu)
+        names = {TOKENS, POSITION, LOGITS} | {name for s in state_specs(self.config) for name in (s.past, s.present)}
+        if unlike := sorted(names ^ engine.names):
+            raise EngineError(f"{path}: tensor {unlike[0]} does not follow from the bundle's config; build it again")
+        self.engine: Engine = engine
+
+    def open_slots(self, num_slots: int) -> CudaMemory:
+        return CudaMemory(self, num_slots)
+
+
+class _Engine:
+    """A deserialised engine, and the scratch memory that its contexts share: they run one after the other."""
+
+    def __init__(self, trt: Any, path: Path, info: EngineInfo, library: Path, gpu: Gpu) -> None:
+        self.max_slots = info.max_batch
+        self._trt, self._gpu = trt, gpu
+        self._errors = _Errors(trt)
+        if info.plugins:
+            _load_plugins(trt, library, info)
+        self._runtime = trt.Runtime(self._errors.logger)  # has to outlive the engine
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as engine_bytes:
+            self._engine = self._runtime.deserialize_cuda_engine(engine_bytes)
+        if self._engine is None:
+            raise EngineError(f"{path}: TensorRT {trt.__version__} cannot load it ({self._errors.take()})")
+        self.names = {self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)}
+        self._scratch_bytes = int(self._engine.device_memory_size_v2)
+        self._arena = Arena(gpu)
+        self._scratch = self._arena.device({"scratch": self._scratch_bytes})["scratch"]
+
+    def open_context(self) -> _Context:
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = self._engine.create_execution_context(strategy)
+        if context is None:
+            raise EngineError(f"TensorRT cannot make an execution context ({self._errors.take()}); open fewer slots")
+        context.set_device_memory(self._scratch, self._scratch_bytes)
+        return _Context(self._trt, self._engine, context, self._gpu, self._errors)
+
+
+class _Context:
+    def __init__(self, trt: Any, engine: Any, context: Any, gpu: Gpu, errors: _Errors) -> None:
+        self._context, self._gpu, self._errors = context, gpu, errors
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        self._inputs = {name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT}
+
+    def bind(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name in self._inputs and not self._context.set_input_shape(name, tensor.shape):
+                raise EngineError(f"engine: {name} cannot be {list(tensor.shape)} ({self._errors.take()})")
+            if not self._context.set_tensor_address(name, tensor.address):
+                raise EngineError(f"engine: {name} cannot be bound ({self._errors.take()})")
+
+    def enqueue(self) -> None:
+        if not self._context.execute_async_v3(self._gpu.stream):
+            raise EngineError(f"engine: TensorRT refused the call ({self._errors.take()})")
+
+    @property
+    def is_capturable(self) -> bool:
+        ask = getattr(self._context, "is_stream_capturable", None)  # full TensorRT has no such question
+        return True if ask is None else bool(ask(self._gpu.stream))
+
+
+class _Errors:
+    """TensorRT's error messages, for ours."""
+
+    def __init__(self, trt: Any) -> None:
+        lines: list[str] = []
+
+        class Logger(trt.ILogger):  # type: ignore[misc]  # the module has no type information
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                    lines.append(" ".join(message.split()))
+
+        self.logger = Logger()  # TensorRT keeps a bare pointer to it
+        self._lines = lines
+
+    def take(self) -> str:
+        text = "; ".join(self._lines[-2:])
+        self._lines.clear()
+        return text or "it gave no reason"
+
+
+def _import(flavour: Flavour) -> Any:
+    info = FLAVOURS[flavour]
+    try:
+        return import_module(info.module)
+    except ImportError as error:
+        raise MissingDependencyError(f"backend {flavour} needs the module {info.module}: {info.install}") from error
+
+
+def _load_plugins(trt: Any, library: Path, info: EngineInfo) -> None:
+    """Register the library's creators, once in a process."""
+    registry = trt.get_plugin_registry()
+    known = {creator.name for creator in registry.all_creators}
+    if not set(info.plugins) <= known and registry.load_library(str(library)) is None:
+        raise EngineError(f"TensorRT {trt.__version__} cannot load the plugin library {library}; build it again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -90,25 +91,30 @@ def _open_executor(bundle: Bundle, options: _Options) -> Executor:
         from megalodon_deploy.runtime.executors.onnxruntime import OnnxRuntimeExecutor
 
         return OnnxRuntimeExecutor(bundle, threads=threads, native=options.native)
-    gpu = _open_gpu(backend, device, options.stream)
     if backend == "onnxruntime":
-        from megalodon_deploy.runtime.executors.onnxruntime_cuda import OnnxRuntimeCudaExecutor
+        from megalodon_deploy.runtime.executors.onnxruntime_cuda import OnnxRuntimeCudaExecutor, import_for_cuda
 
-        return OnnxRuntimeCudaExecutor(bundle, gpu, threads=threads)
+        import_for_cuda()  # what is missing is said before the GPU is looked for
+        return OnnxRuntimeCudaExecutor(bundle, _open_gpu(options), threads=threads)
     from megalodon_deploy.engine.targets import check_flavour
-    from megalodon_deploy.runtime.executors.tensorrt import TensorRTExecutor
+    from megalodon_deploy.runtime.executors.tensorrt import TensorRTExecutor, import_tensorrt
 
-    return TensorRTExecutor(bundle, check_flavour(backend), gpu)
+    flavour = check_flavour(backend)
+    import_tensorrt(flavour)
+    return TensorRTExecutor(bundle, flavour, _open_gpu(options))
 
 
-def _open_gpu(backend: str, device: str | None, stream: object | None) -> Gpu:
-    kind, _, index = (device or "cuda").partition(":")
-    if kind != "cuda" or not (index.isdecimal() or (not index and ":" not in (device or ""))):
-        raise UserError(f"device = {device!r}: {backend} runs on 'cuda', or 'cuda:1' for the second GPU")
+def _open_gpu(options: _Options) -> Gpu:
+    found = re.fullmatch(r"cuda(?::(\d+))?", options.device or "cuda")
+    if found is None:
+        raise UserError(
+            f"device = {options.device!r}: {options.backend} runs on 'cuda', or 'cuda:1' for the second GPU"
+        )
     from megalodon_deploy.runtime.cuda.driver import CudaGpu
     from megalodon_deploy.runtime.device_array import stream_handle
 
-    return CudaGpu(int(index) if index else None, None if stream is None else stream_handle(stream))
+    index = None if found[1] is None else int(found[1])
+    return CudaGpu(index, None if options.stream is None else stream_handle(options.stream))
 
 
 class Session:

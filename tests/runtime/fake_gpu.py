@@ -9,10 +9,8 @@ touch; an address that was freed, or lies outside, is refused.
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -21,6 +19,9 @@ from megalodon_deploy.bundle import Bundle
 from megalodon_deploy.errors import EngineError
 from megalodon_deploy.runtime.cuda.kernels import Append
 from megalodon_deploy.runtime.cuda.layout import Tensor
+from megalodon_deploy.runtime.cuda.memory import CudaMemory
+from megalodon_deploy.runtime.executors.base import activation_dtype
+from megalodon_deploy.runtime.executors.onnxruntime_cuda import OnnxRuntimeEngine
 
 MARGIN = 256
 Work = Callable[[], None]
@@ -53,6 +54,7 @@ class FakeGpu:
         self.events: dict[int, int | None] = {}  # pieces of work before the last record
         self.capture: list[Work] | None = None
         self.is_capture_broken = False
+        self.is_eager = False
         self.graphs: dict[int, list[Work]] = {}
         self.launches = 0
         self.synchronizations = 0
@@ -72,6 +74,8 @@ class FakeGpu:
     def enqueue(self, work: Work) -> None:
         self._check_call(while_capturing=True)
         (self.queue if self.capture is None else self.capture).append(work)
+        if self.is_eager:
+            self._work(len(self.queue))
 
     def allocate(self, size_bytes: int) -> int:
         self._check_call()
@@ -244,8 +248,8 @@ class FakeEngine:
     def __init__(self, gpu: FakeGpu, bundle: Bundle, max_slots: int = 8) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 1, 3
-        providers = ["CPUExecutionProvider"]
-        self.session = onnxruntime.InferenceSession(str(bundle.model_path), options, providers=providers)
+        self.session = onnxruntime.InferenceSession(str(bundle.model_path), options, providers=["CPUExecutionProvider"])
+        self.runner = OnnxRuntimeEngine(onnxruntime, self.session, "cpu", 0)
         self.gpu, self.max_slots = gpu, max_slots
         self.contexts: list[FakeContext] = []
 
@@ -270,6 +274,7 @@ class FakeContext:
             assert tensor.address % 256 == 0, f"{name} is not aligned"
             self.gpu.check_device(tensor.address, tensor.size_bytes)
         self.tensors, self.has_run = dict(tensors), False
+        self.binding = self.engine.runner.binding(tensors)
 
     def enqueue(self) -> None:
         if self.gpu.capture is not None and not self.has_run:
@@ -283,20 +288,8 @@ class FakeContext:
                 overlapping = [1 for s, e, _ in spans if s < end and start < e]
                 assert len(overlapping) == 1, "a tensor that is written is used twice in a call"
 
-        def work() -> None:
-            views = {name: view(tensor) for name, tensor in tensors.items()}
-            feeds = {name: array for name, array in views.items() if name not in outputs}
-            names = sorted(outputs)
-            for name, result in zip(names, self.engine.session.run(names, feeds), strict=True):
-                assert result.shape == views[name].shape, f"{name}: {result.shape}, bound {views[name].shape}"
-                views[name][...] = result
-
-        self.gpu.enqueue(work)
-
-
-def view(tensor: Tensor) -> Any:
-    size_bytes = math.prod(tensor.shape) * tensor.dtype.itemsize
-    return host_bytes(tensor.address, size_bytes).view(tensor.dtype).reshape(tensor.shape)
+        binding = self.binding
+        self.gpu.enqueue(lambda: self.engine.runner.run(binding))
 
 
 class FakeCudaExecutor:
@@ -305,15 +298,12 @@ class FakeCudaExecutor:
     backend = "tensorrt-rtx"
 
     def __init__(self, bundle: Bundle, max_slots: int = 8) -> None:
-        from megalodon_deploy.runtime.cuda.memory import CudaMemory
-
-        self._memory = CudaMemory
         self.config = bundle.config
-        self.activation = np.dtype(np.float16 if bundle.manifest.precision == "fp16" else np.float32)
+        self.activation = activation_dtype(bundle.manifest.precision)
         self.returns_all_logits = bundle.manifest.logits == "all"
         self.gpu = FakeGpu()
         self.engine = FakeEngine(self.gpu, bundle, max_slots)
         self.kernels = FakeKernels(self.gpu)
 
-    def open_slots(self, num_slots: int) -> Any:
-        return self._memory(self, num_slots)  # type: ignore[arg-type]
+    def open_slots(self, num_slots: int) -> CudaMemory:
+        return CudaMemory(self, num_slots)  # type: ignore[arg-type]

@@ -322,16 +322,19 @@ def test_a_mistake_in_a_batch_leaves_every_stream_as_it_was(session: Session) ->
 
 
 def test_session_options_are_checked(session: Session) -> None:
-    from megalodon_deploy.errors import EngineError
-
     with pytest.raises(UserError, match="num_slots"):
         session.batch(0)
     with pytest.raises(UserError, match="unknown backend 'cuda'"):
         session.bundle.session("cuda")
     with pytest.raises(UserError, match="threads"):
         session.bundle.session(threads=0)
-    with pytest.raises(UserError, match="leave out device = 'cuda'"):
-        session.bundle.session(device="cuda")
-    for backend in ("tensorrt", "tensorrt-rtx"):
-        with pytest.raises(EngineError, match="GPU"):
-            session.bundle.session(backend)
+    with pytest.raises(UserError, match="leave out dtype = 'float16'"):
+        session.bundle.session(dtype="float16")
+    for device in ("tpu", "cuda:", "cuda:x", "cuda1"):
+        with pytest.raises(UserError, match=f"device = '{device}'"):
+            session.bundle.session("tensorrt-rtx", device=device)
+    for options in ({"backend": "torch"}, {"device": "cpu"}, {}):
+        with pytest.raises(UserError, match="stream"):
+            session.bundle.session(**options, stream=1)
+    with pytest.raises(UserError, match="native"):
+        session.bundle.session("torch", native=True)

@@ -19,23 +19,31 @@ if TYPE_CHECKING:
     from megalodon_deploy.bundle import Bundle
 
 PROVIDER = "CUDAExecutionProvider"
+_DEVICE = "cuda"  # where tensors are bound
 _MAX_SLOTS = 1 << 16  # the graph itself takes any batch
 # TensorProto.DataType of ONNX, by numpy name: numpy has no name of its own for some of them.
 _ELEMENT_TYPES = {"float32": 1, "int8": 3, "int64": 7, "float16": 10, "bfloat16": 16, "float8_e4m3fn": 17}
 
 
+def import_for_cuda() -> Any:
+    """ONNX Runtime with its CUDA provider. Raises `MissingDependencyError` when the installed one is for CPUs."""
+    onnxruntime = import_onnxruntime()
+    if PROVIDER not in onnxruntime.get_available_providers():
+        raise MissingDependencyError(
+            f"device = 'cuda': the installed onnxruntime {onnxruntime.__version__} is the one for CPUs; "
+            "pip uninstall onnxruntime, then pip install 'megalodon-deploy[gpu]'"
+        )
+    return onnxruntime
+
+
 class OnnxRuntimeCudaExecutor:
-    """Raises `MissingDependencyError` when the installed ONNX Runtime is for CPUs, or without libmegalodon."""
+    """Raises `MissingDependencyError` as `import_for_cuda` does and without libmegalodon, `EngineError` when the
+    provider does not start."""
 
     backend = "onnxruntime"
 
     def __init__(self, bundle: Bundle, gpu: Gpu, *, threads: int | None = None) -> None:
-        onnxruntime = import_onnxruntime()
-        if PROVIDER not in onnxruntime.get_available_providers():
-            raise MissingDependencyError(
-                f"device = 'cuda': the installed onnxruntime {onnxruntime.__version__} is the one for CPUs; "
-                "pip uninstall onnxruntime, then pip install 'megalodon-deploy[gpu]'"
-            )
+        onnxruntime = import_for_cuda()
         library = find_plugin_library()
         check_abi(library)
         self.kernels = Kernels(library)
@@ -51,7 +59,7 @@ class OnnxRuntimeCudaExecutor:
                 f"ONNX Runtime {onnxruntime.__version__} cannot start its CUDA provider; install the CUDA and cuDNN "
                 "libraries that it was built for"
             )
-        self.engine: Engine = OnnxRuntimeEngine(onnxruntime, session, "cuda", gpu.index)
+        self.engine: Engine = OnnxRuntimeEngine(onnxruntime, session, _DEVICE, gpu.index)
 
     def open_slots(self, num_slots: int) -> CudaMemory:
         return CudaMemory(self, num_slots)

@@ -34,7 +34,7 @@ class TensorRTExecutor:
     fits this GPU and TensorRT, or TensorRT refuses it."""
 
     def __init__(self, bundle: Bundle, flavour: Flavour, gpu: Gpu) -> None:
-        trt = _import(flavour)
+        trt = import_tensorrt(flavour)
         self.backend: str = flavour
         self.config = bundle.config
         self.activation = activation_dtype(bundle.manifest.precision)
@@ -130,7 +130,8 @@ class _Errors:
         return text or "it gave no reason"
 
 
-def _import(flavour: Flavour) -> Any:
+def import_tensorrt(flavour: Flavour) -> Any:
+    """The flavour's module. Raises `MissingDependencyError` saying what to install."""
     info = FLAVOURS[flavour]
     try:
         return import_module(info.module)

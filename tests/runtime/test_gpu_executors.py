@@ -1,0 +1,385 @@
+"""Engines are chosen and checked before they are loaded; the calls into TensorRT, ONNX Runtime and CUDA are the right
+ones, as far as that can be seen without a GPU."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from helpers import assert_close
+from runtime.fake_gpu import FakeContext, FakeEngine, FakeGpu, FakeKernels
+from runtime.small_models import SHORT_CHUNKS
+
+from megalodon_deploy.bundle import ENGINE_FILE, ENGINE_INFO_FILE, ENGINES_DIR, Bundle, FileEntry, open_bundle
+from megalodon_deploy.engine.info import EngineInfo
+from megalodon_deploy.engine.profile import optimization_profile
+from megalodon_deploy.errors import EngineError, MissingDependencyError, UserError
+from megalodon_deploy.runtime.cuda.layout import Tensor
+from megalodon_deploy.runtime.executors import onnxruntime_cuda, tensorrt
+from megalodon_deploy.runtime.executors.engine_choice import Place, choose_engine
+from megalodon_deploy.runtime.executors.onnxruntime_cuda import OnnxRuntimeCudaExecutor
+from megalodon_deploy.runtime.executors.tensorrt import TensorRTExecutor
+from megalodon_deploy.runtime.session import Session
+
+MakeBundle = Callable[..., Bundle]
+VERSION = "1.7.1.116"
+HERE = Place("tensorrt-rtx", VERSION, 89)
+
+
+def engine_info(bundle: Bundle, name: str = "engine", **changes: Any) -> EngineInfo:
+    max_batch = changes.get("max_batch", 4)
+    info = EngineInfo(
+        id=name,
+        flavour="tensorrt-rtx",
+        version=VERSION,
+        compute_capabilities=(80, 89),
+        precision="fp32",
+        max_batch=max_batch,
+        profile=optimization_profile(bundle.config, max_batch=max_batch),
+        plugins=("ComplexEMA",),
+        num_plugin_layers=2,
+        plugin_library=None,
+        norm_update="float64",
+        bundle_fingerprint=bundle.manifest.fingerprint,
+        engine=FileEntry("", 0),
+        build_seconds=1.0,
+        peak_memory_bytes=1,
+    )
+    return replace(info, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"flavour": "tensorrt"}, "engines for tensorrt only"),
+        ({"bundle_fingerprint": "0" * 64}, "another export"),
+        ({"compute_capabilities": (80, 90)}, "compute capability 8.9"),
+        ({"version": "1.6.0.9"}, "needs tensorrt-rtx 1.6.0.9, 1.7.1.116 is installed"),
+        ({"profile": {}}, "shapes of another release"),
+    ],
+)
+def test_an_engine_that_does_not_fit_is_named_with_what_to_do(
+    make_bundle: MakeBundle, changes: dict[str, Any], message: str
+) -> None:
+    bundle = make_bundle(SHORT_CHUNKS)
+    unfit = engine_info(bundle, "unfit", **changes)
+    with pytest.raises(EngineError, match=message) as caught:
+        choose_engine(bundle, [unfit], HERE)
+    assert "megalodon-deploy build" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    fit = engine_info(bundle, "fit")
+    assert choose_engine(bundle, [unfit, fit, unfit], HERE) is fit
+
+
+def test_the_best_engine_is_chosen(make_bundle: MakeBundle) -> None:
+    bundle = make_bundle(SHORT_CHUNKS)
+    with pytest.raises(EngineError, match="has no engine"):
+        choose_engine(bundle, [], HERE)
+    drifting = engine_info(bundle, "drifting", norm_update="float32", max_batch=64)
+    small, large = engine_info(bundle, "small", max_batch=1), engine_info(bundle, "large", max_batch=8)
+    assert choose_engine(bundle, [drifting, large, small], HERE) is large
+    assert choose_engine(bundle, [drifting], HERE) is drifting
+
+
+class FakeTensorRT(ModuleType):
+    """As much of the module as the executor uses, over ONNX Runtime and the stand-in for a GPU."""
+
+    def __init__(self, gpu: FakeGpu, bundle: Bundle) -> None:
+        super().__init__("tensorrt_rtx")
+        self.__version__ = VERSION
+        self.loaded: list[str] = []
+        self.fails: set[str] = set()
+        self.engine_bytes = b""
+        fake, engine = self, FakeEngine(gpu, bundle)
+        nodes = [*engine.session.get_inputs(), *engine.session.get_outputs()]
+        inputs = {node.name for node in engine.session.get_inputs()}
+
+        class ILogger:
+            Severity = SimpleNamespace(ERROR=1, INTERNAL_ERROR=0, WARNING=2)
+
+        class ExecutionContext:
+            def __init__(self) -> None:
+                with gpu.current():
+                    self.inner: FakeContext = engine.open_context()
+                self.shapes: dict[str, tuple[int, ...]] = {}
+                self.addresses: dict[str, int] = {}
+                self.scratch = (0, 0)
+
+            def set_device_memory(self, memory: int, size: int) -> None:
+                gpu.check_device(memory, size)
+                self.scratch = (memory, size)
+
+            def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+                self.shapes[name] = shape
+                return name in inputs and "shape" not in fake.fails
+
+            def set_tensor_address(self, name: str, memory: int) -> bool:
+                self.addresses[name] = memory
+                return True
+
+            def execute_async_v3(self, stream_handle: int) -> bool:
+                assert stream_handle == gpu.stream
+                assert self.scratch[1] == 12345
+                if "call" in fake.fails:
+                    fake.logger.log(1, "a reason\nin two lines")
+                    return False
+                if set(self.shapes) == inputs and (self.shapes, self.addresses) != getattr(self, "bound", None):
+                    self.inner.bind(self.tensors())
+                    self.bound = (dict(self.shapes), dict(self.addresses))
+                self.inner.enqueue()
+                return True
+
+            def tensors(self) -> dict[str, Tensor]:
+                dims = {"B": self.shapes["tokens"][0], "T": self.shapes["tokens"][1], "K": 1}
+                tensors = {}
+                for node in nodes:
+                    shape = self.shapes.get(node.name) or tuple(dims.get(dim, dim) for dim in node.shape)
+                    kind = np.int64 if "int64" in node.type else np.float32
+                    tensors[node.name] = Tensor(self.addresses[node.name], shape, np.dtype(kind))
+                return tensors
+
+        class Engine:
+            device_memory_size_v2 = 12345
+            num_io_tensors = len(nodes)
+
+            def get_tensor_name(self, index: int) -> str:
+                return nodes[index].name
+
+            def get_tensor_mode(self, name: str) -> str:
+                return "input" if name in inputs else "output"
+
+            def create_execution_context(self, strategy: str) -> ExecutionContext | None:
+                assert strategy == "user managed"
+                return None if "context" in fake.fails else ExecutionContext()
+
+        class Runtime:
+            def __init__(self, logger: Any) -> None:
+                fake.logger = logger
+
+            def deserialize_cuda_engine(self, serialized_engine: Any) -> Engine | None:
+                fake.engine_bytes = bytes(serialized_engine)
+                if "engine" in fake.fails:
+                    fake.logger.log(1, "no driver")
+                return None if "engine" in fake.fails else Engine()
+
+        def load_library(path: str) -> object | None:
+            self.loaded.append(path)
+            return None if "library" in fake.fails else object()
+
+        self.ILogger, self.Runtime = ILogger, Runtime
+        self.TensorIOMode = SimpleNamespace(INPUT="input", OUTPUT="output")
+        self.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
+        registry = SimpleNamespace(all_creators=[], load_library=load_library)
+        self.get_plugin_registry = lambda: registry
+        self.registry, self.runtime_engine = registry, engine
+
+
+@pytest.fixture
+def with_engine(make_bundle: MakeBundle, tmp_path: Path) -> Bundle:
+    """A copy of a bundle, with an engine file that nobody could load."""
+    source = make_bundle(SHORT_CHUNKS)
+    shutil.copytree(source.path, tmp_path / "bundle")
+    bundle = open_bundle(tmp_path / "bundle")
+    directory = bundle.path / ENGINES_DIR / "engine"
+    directory.mkdir(parents=True)
+    (directory / ENGINE_FILE).write_bytes(b"an engine")
+    info = engine_info(bundle, engine=FileEntry.of(directory / ENGINE_FILE))
+    (directory / ENGINE_INFO_FILE).write_text(info.to_json())
+    return bundle
+
+
+class Machine:
+    """The stand-ins that a test runs on."""
+
+    def __init__(self, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.bundle, self.gpu = bundle, FakeGpu()
+        self.trt = FakeTensorRT(self.gpu, bundle)
+        monkeypatch.setitem(sys.modules, "tensorrt_rtx", self.trt)
+        for module in (tensorrt, onnxruntime_cuda):
+            monkeypatch.setattr(module, "find_plugin_library", lambda: Path("libmegalodon.so"))
+            monkeypatch.setattr(module, "check_abi", lambda path: None)
+            monkeypatch.setattr(module, "Kernels", lambda path: FakeKernels(self.gpu))
+
+    def session(self) -> Session:
+        return Session(self.bundle, TensorRTExecutor(self.bundle, "tensorrt-rtx", self.gpu))
+
+
+@pytest.fixture
+def machine(with_engine: Bundle, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(with_engine, monkeypatch)
+
+
+def test_tensorrt_streams_what_the_cpu_streams(machine: Machine) -> None:
+    tokens = np.random.default_rng(0).integers(0, 256, 60).tolist()
+    on_gpu, on_cpu = machine.session().stream(), machine.bundle.session(threads=1).stream()
+    assert_close(on_gpu.prefill(tokens[:30]), on_cpu.prefill(tokens[:30]), 1e-5)
+    for token in tokens[30:]:
+        assert_close(on_gpu.step(token), on_cpu.step(token), 1e-5)
+    assert machine.trt.engine_bytes == b"an engine"
+    assert machine.trt.loaded == ["libmegalodon.so"]
+    assert machine.gpu.launches == 28
+    with pytest.raises(UserError, match="--max-batch 5"):
+        machine.session().batch(5)
+
+
+def test_plugins_are_registered_once_in_a_process(machine: Machine) -> None:
+    machine.session()
+    machine.trt.registry.all_creators.append(SimpleNamespace(name="ComplexEMA"))
+    machine.session()
+    assert len(machine.trt.loaded) == 1
+
+
+@pytest.mark.parametrize(
+    ("fails", "message"),
+    [
+        ("engine", "cannot load it (no driver)"),
+        ("library", "cannot load the plugin library"),
+        ("context", "cannot make an execution context"),
+        ("shape", "cannot be [1, 1]"),
+        ("call", "refused the call (a reason in two lines)"),
+    ],
+)
+def test_what_tensorrt_refuses_becomes_one_line(machine: Machine, fails: str, message: str) -> None:
+    machine.trt.fails.add(fails)
+    with pytest.raises(EngineError) as caught:
+        machine.session().stream().step(1)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_engine_is_never_loaded(machine: Machine) -> None:
+    path = machine.bundle.path / ENGINES_DIR / "engine" / ENGINE_FILE
+    path.write_bytes(b"AN ENGINE")
+    with pytest.raises(EngineError, match="sha256"):
+        machine.session()
+    assert machine.trt.engine_bytes == b""
+
+
+def test_an_engine_of_another_model_is_refused(machine: Machine) -> None:
+    machine.trt.runtime_engine.session.get_inputs = list  # type: ignore[method-assign]
+    trt = FakeTensorRT(machine.gpu, machine.bundle)
+    trt.Runtime.deserialize_cuda_engine = lambda self, data: SimpleNamespace(  # type: ignore[attr-defined]
+        num_io_tensors=1, get_tensor_name=lambda index: "tokens", device_memory_size_v2=1
+    )
+    sys.modules["tensorrt_rtx"] = trt
+    with pytest.raises(EngineError, match="does not follow from the bundle's config"):
+        machine.session()
+
+
+def test_the_real_module_has_what_is_called() -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    assert trt.ExecutionContextAllocationStrategy.USER_MANAGED
+    assert trt.TensorIOMode.INPUT
+    assert trt.ILogger.Severity.INTERNAL_ERROR
+    for kind, names in {
+        trt.Runtime: ["deserialize_cuda_engine"],
+        trt.ICudaEngine: [
+            "device_memory_size_v2",
+            "create_execution_context",
+            "get_tensor_name",
+            "get_tensor_mode",
+            "num_io_tensors",
+        ],
+        trt.IExecutionContext: [
+            "set_device_memory",
+            "set_input_shape",
+            "set_tensor_address",
+            "execute_async_v3",
+            "is_stream_capturable",
+        ],
+    }.items():
+        assert not [name for name in names if not hasattr(kind, name)]
+    errors = tensorrt._Errors(trt)
+    errors.logger.log(trt.ILogger.Severity.ERROR, "one\ntwo")
+    errors.logger.log(trt.ILogger.Severity.WARNING, "three")
+    assert errors.take() == "one two"
+
+
+def test_every_call_into_cuda_exists_and_takes_these_arguments() -> None:
+    """Without a driver each reports that; a wrong name or argument would raise something else."""
+    driver = pytest.importorskip("megalodon_deploy.runtime.cuda.driver", reason="cuda-bindings is not installed")
+    gpu = driver.CudaGpu.__new__(driver.CudaGpu)
+    gpu.stream, gpu.name = 0, "none"
+    if _has_driver():
+        pytest.skip("a CUDA driver is here: the calls are tested on the GPU")
+    with pytest.raises(EngineError, match="no NVIDIA GPU can be used here") as caught:
+        driver.CudaGpu()
+    assert "\n" not in str(caught.value)
+    calls = 0
+    for name, method in inspect.getmembers(driver.CudaGpu, inspect.isfunction):
+        if name in ("__init__", "current", "end_capture"):
+            continue
+        arguments = [0] * (len(inspect.signature(method).parameters) - 1)
+        with pytest.raises(EngineError, match="cudaErrorInsufficientDriver"):
+            method(gpu, *arguments)
+        calls += 1
+    assert calls == 15
+    assert gpu.end_capture() is None
+    with pytest.raises(EngineError, match="cudaErrorInsufficientDriver"):
+        driver.copy_to_host(0, 0, 4, 1)
+    for name in ("cuCtxPushCurrent", "cuCtxPopCurrent", "cuCtxGetDevice", "cuDevicePrimaryCtxRetain", "cuDeviceGet"):
+        assert hasattr(driver.cu, name)
+
+
+def _has_driver() -> bool:
+    from megalodon_deploy.doctor import visible_gpus
+
+    return visible_gpus() is not None
+
+
+def test_the_cuda_provider_is_missing_in_the_package_for_cpus(make_bundle: MakeBundle) -> None:
+    if onnxruntime_cuda.PROVIDER in onnxruntime.get_available_providers():
+        pytest.skip("the installed onnxruntime has the CUDA provider")
+    with pytest.raises(MissingDependencyError, match=r"the one for CPUs.*\[gpu\]") as caught:
+        make_bundle(SHORT_CHUNKS).session(device="cuda")
+    assert "\n" not in str(caught.value)
+
+
+def test_onnxruntime_on_cuda_streams_what_the_cpu_streams(
+    make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The executor's own way, but for the name of the provider and of the device."""
+    bundle = make_bundle(SHORT_CHUNKS)
+    machine = Machine(bundle, monkeypatch)
+    machine.gpu.is_eager = True  # ONNX Runtime computes when it is called
+    monkeypatch.setattr(onnxruntime_cuda, "PROVIDER", "CPUExecutionProvider")
+    opened: list[Any] = []
+
+    def load_session(bundle: Bundle, threads: int | None, providers: list[Any]) -> Any:
+        opened.append(providers)
+        return onnxruntime.InferenceSession(str(bundle.model_path), providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime_cuda, "load_session", load_session)
+    monkeypatch.setattr(onnxruntime_cuda, "_DEVICE", "cpu")
+    session = Session(bundle, OnnxRuntimeCudaExecutor(bundle, machine.gpu))
+    options = {"device_id": "0", "user_compute_stream": "77"}
+    assert opened == [[("CPUExecutionProvider", options)]]
+    batch, on_cpu = session.batch(2), bundle.session(threads=1).stream()
+    on_gpu, _ = batch.admit(), batch.admit()
+    tokens = np.random.default_rng(0).integers(0, 256, 40).tolist()
+    assert_close(on_gpu.prefill(tokens[:17]), on_cpu.prefill(tokens[:17]), 1e-5)
+    for token in tokens[17:]:
+        assert_close(on_gpu.step(token), on_cpu.step(token), 1e-5)
+    assert machine.gpu.launches == 0
+
+
+def test_onnxruntime_that_falls_back_to_the_cpu_is_an_error(
+    make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = make_bundle(SHORT_CHUNKS)
+    machine = Machine(bundle, monkeypatch)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(
+        onnxruntime_cuda, "load_session", lambda *arguments: SimpleNamespace(get_providers=lambda: ["CPU"])
+    )
+    with pytest.raises(EngineError, match="cannot start its CUDA provider"):
+        OnnxRuntimeCudaExecutor(bundle, machine.gpu)

@@ -51,6 +51,22 @@ def test_a_stream_is_what_it_is_on_the_cpu(make_bundle: MakeBundle, config: Mega
     executor_of(on_gpu._session).gpu.check_margins()
 
 
+@pytest.mark.parametrize("options", [{"precision": "fp16"}, {"kv_dtype": "fp8"}, {"kv_dtype": "int8"}], ids=str)
+def test_memory_follows_the_state_table(make_bundle: MakeBundle, options: dict[str, str], tmp_path: Path) -> None:
+    """Half precision rows; rows of one byte, with a scale for each."""
+    bundle = make_bundle(SHORT_CHUNKS, **options)
+    session, on_cpu = gpu_session(bundle), bundle.session(threads=1).stream()
+    on_gpu = session.stream()
+    on_gpu.prefill(some_tokens(8))
+    on_gpu.save(tmp_path / "stream")
+    on_gpu = session.batch(2).admit(resume=tmp_path / "stream")
+    on_cpu.prefill(some_tokens(8))
+    for token in some_tokens(30, 1):
+        assert_close(on_gpu.step(token), on_cpu.step(token), 2e-3 if "precision" in options else TOLERANCE)
+    for name, array in on_cpu.snapshot().tensors.items():
+        assert on_gpu.snapshot().tensors[name].dtype == array.dtype, name
+
+
 def test_steps_become_two_graphs_and_nothing_is_bound_again(make_bundle: MakeBundle) -> None:
     bundle = make_bundle(SHORT_CHUNKS)
     session = gpu_session(bundle)

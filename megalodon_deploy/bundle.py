@@ -21,8 +21,9 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from megalodon_deploy.config import MegalodonConfig
-from megalodon_deploy.errors import BundleError, ConfigError
+from megalodon_deploy.errors import BundleError, UserError
 from megalodon_deploy.files import sha256_file
+from megalodon_deploy.quantization import Quantization
 from megalodon_deploy.state import state_specs
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Manifest:
     config: MegalodonConfig
     precision: Precision
     logits: LogitsMode
+    quantization: Quantization | None = None
     tokenizer: TokenizerInfo
     files: Mapping[str, FileEntry]  # by path relative to the bundle, with forward slashes
     tools: Mapping[str, str]  # versions of what wrote it
@@ -86,6 +88,13 @@ class Manifest:
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def weight_kinds(self) -> set[str]:
+        """Kinds of quantised weights; empty when there are none."""
+        chosen = self.quantization
+        forms = (chosen.weights, chosen.output) if chosen else ()
+        return {form.kind for form in forms if form is not None}
+
     def to_json(self) -> str:
         document = {
             "format": FORMAT,
@@ -95,6 +104,7 @@ class Manifest:
             "config": self.config.to_dict(),
             "precision": self.precision,
             "logits": self.logits,
+            "quantization": None if self.quantization is None else self.quantization.to_dict(),
             "tokenizer": asdict(self.tokenizer),
             "state": _state_table(self.config),
             "files": {path: asdict(entry) for path, entry in self.files.items()},
@@ -113,12 +123,13 @@ class Manifest:
                 config=MegalodonConfig.from_dict(document["config"]),
                 precision=_choice(document["precision"], Precision),
                 logits=_choice(document["logits"], LogitsMode),
+                quantization=_quantization(document["quantization"]),
                 tokenizer=_tokenizer(document["tokenizer"]),
                 files={path: _file_entry(path, entry) for path, entry in document["files"].items()},
                 tools=dict(document["tools"]),
                 source=dict(document["source"]),
             )
-        except ConfigError as error:
+        except UserError as error:
             raise BundleError(f"{where}: {error}") from error
         except KeyError as error:
             raise BundleError(f"{where}: key {error} is missing; export the checkpoint again") from error
@@ -228,6 +239,10 @@ def _choice(value: Any, literal: Any) -> Any:
     if value not in get_args(literal):
         raise ValueError(f"{value!r} is none of {', '.join(get_args(literal))}")
     return value
+
+
+def _quantization(values: Mapping[str, Any] | None) -> Quantization | None:
+    return None if values is None else Quantization.from_dict(values)
 
 
 def _tokenizer(values: Mapping[str, Any]) -> TokenizerInfo:

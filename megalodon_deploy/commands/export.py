@@ -23,20 +23,46 @@ from megalodon_deploy.console import format_bytes, progress_bar
     show_default=True,
     help="Type in which streams keep keys and values.",
 )
+@click.option(
+    "--quantize", type=click.Choice(["int8", "int4", "fp8", "nvfp4"]), help="Store the matrices as codes and scales."
+)
+@click.option("--block-size", type=int, help="Weights to a scale: 32, 64 or 128; 0: a whole column (int8, fp8).")
+@click.option(
+    "--quantize-output",
+    type=click.Choice(["none", "int8", "int4", "fp8", "nvfp4"]),
+    help="The output matrix; default: int8 beside 4-bit weights, else like them.",
+)
 @click.option("--name", help="Name of the model in the bundle; default: the directory's.")
 @click.option("--tokenizer", type=EXISTING, help="tokenizer.json or SentencePiece model; default: the checkpoint's.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
 @json_option
-def export(ckpt: Path, out: Path, as_json: bool, **options: Any) -> None:
+def export(
+    ckpt: Path,
+    out: Path,
+    quantize: str | None,
+    block_size: int | None,
+    quantize_output: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Write a checkpoint as a bundle: an ONNX graph, its weights and a manifest."""
     from megalodon_deploy.export import export_checkpoint
     from megalodon_deploy.inspection import inspect_bundle
 
     with progress_bar("export") as progress:
-        bundle = export_checkpoint(ckpt, out, progress=progress, **options)
+        bundle = export_checkpoint(
+            ckpt,
+            out,
+            quantize=quantize,
+            block_size=block_size,
+            quantize_output=quantize_output,
+            progress=progress,
+            **options,
+        )
     report = inspect_bundle(bundle)
     if as_json:
         echo_json(report)
     else:
         weights = format_bytes(report["weights_bytes"])
-        click.echo(f"{out}: {report['num_parameters']:,} parameters, {weights} of weights, {report['precision']}")
+        types = report["precision"] + (f", {report['quantization']}" if report["quantization"] else "")
+        click.echo(f"{out}: {report['num_parameters']:,} parameters, {weights} of weights, {types}")

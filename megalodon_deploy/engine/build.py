@@ -44,7 +44,8 @@ def build_engine(
     """
     flavour = check_flavour(target)
     precision = bundle.manifest.precision
-    capabilities = select_capabilities(flavour, sm, precision=precision, plugins=plugins)
+    has_fp4 = "nvfp4" in bundle.manifest.weight_kinds
+    capabilities = select_capabilities(flavour, sm, precision=precision, plugins=plugins, has_fp4=has_fp4)
     profile = optimization_profile(bundle.config, max_batch=max_batch)
     check_installed(flavour)
     library = _plugin_library() if plugins else None

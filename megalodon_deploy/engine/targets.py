@@ -20,6 +20,7 @@ RTX_CAPABILITIES = (75, 80, 86, 89, 120, 121)
 # capability costs 8 bytes of engine and no time: kernels are compiled on the device.
 RTX_DEFAULT_CAPABILITIES = (80, 86, 89, 120, 121)
 _TURING = 75
+_FP4_CAPABILITIES = (120, 121)
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def parse_capabilities(text: str) -> tuple[int, ...]:
 
 
 def select_capabilities(
-    flavour: Flavour, sm: Sequence[int] | None, *, precision: Precision, plugins: bool
+    flavour: Flavour, sm: Sequence[int] | None, *, precision: Precision, plugins: bool, has_fp4: bool = False
 ) -> tuple[int, ...]:
     """Compute capabilities to build for, sorted; empty for full TensorRT, which takes this machine's GPU.
 
@@ -74,7 +75,7 @@ def select_capabilities(
         if sm is not None:
             raise EngineError("target tensorrt builds for the GPU of this machine: leave out --sm")
         return ()
-    chosen = RTX_DEFAULT_CAPABILITIES if sm is None else tuple(sorted(set(sm)))
+    chosen = tuple(sorted(set(sm))) if sm is not None else _FP4_CAPABILITIES if has_fp4 else RTX_DEFAULT_CAPABILITIES
     if not chosen:
         raise EngineError(f"no compute capability given; target tensorrt-rtx has {_listed(RTX_CAPABILITIES)}")
     for capability in chosen:
@@ -82,6 +83,11 @@ def select_capabilities(
             raise EngineError(
                 f"sm {capability}: target tensorrt-rtx serves {_listed(RTX_CAPABILITIES)} only; for data-centre GPUs "
                 "and Jetson build with --target tensorrt on the machine that has one"
+            )
+        if has_fp4 and capability not in _FP4_CAPABILITIES:
+            raise EngineError(
+                f"sm {capability} has no fp4; of this target {_listed(_FP4_CAPABILITIES)} have it: build with "
+                f"--sm {','.join(map(str, _FP4_CAPABILITIES))}, or export with --quantize int4"
             )
     if _TURING in chosen and not (precision == "fp16" and plugins):
         raise EngineError(

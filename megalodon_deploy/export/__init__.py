@@ -29,6 +29,9 @@ def export_checkpoint(
     precision: Precision = "fp32",
     logits: LogitsMode = "last",
     kv_dtype: KeyValueType = "activation",
+    quantize: str | None = None,
+    block_size: int | None = None,
+    quantize_output: str | None = None,
     name: str | None = None,
     tokenizer: str | Path | None = None,
     overwrite: bool = False,
@@ -42,6 +45,9 @@ def export_checkpoint(
         precision: type of activations and matrices. Norms, CEMA coefficients and states are float32 always.
         logits: of the last token of a call, or of all.
         kv_dtype: type in which streams keep keys and values; fp8 and int8 take a scale for each row of each head.
+        quantize: kind of the matrices' codes (`WeightKind`); default: matrices have the type of the activations.
+        block_size: weights that share a scale along a column, 0 for all; default the kind's.
+        quantize_output: the same for the output matrix, or "none"; default int8 beside 4 bits, else like the others.
         name: the model's name in the manifest; default the name of `out`.
         tokenizer: a `tokenizer.json` or SentencePiece file; default the checkpoint's own.
         overwrite: replace a bundle that is there. Anything else that is there is never replaced.
@@ -60,6 +66,9 @@ def export_checkpoint(
         precision=precision,
         logits=logits,
         kv_dtype=kv_dtype,
+        quantize=quantize,
+        block_size=block_size,
+        quantize_output=quantize_output,
         name=name,
         tokenizer=Path(tokenizer) if tokenizer is not None else None,
         overwrite=overwrite,

@@ -11,6 +11,8 @@ import onnx_ir as ir
 
 from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.export.builder import GraphBuilder
+from megalodon_deploy.export.quantized_weights import emit_matrix, matrix_parts
+from megalodon_deploy.quantization import Quantization
 
 FLOAT = ir.DataType.FLOAT
 ALL_ROWS = "S + T"  # name of the axis over past and new rows
@@ -32,10 +34,17 @@ class Context:
     """Emits operators that need the configuration or the activation type."""
 
     def __init__(
-        self, config: MegalodonConfig, activation: ir.DataType, weights: Mapping[str, ir.Value], builder: GraphBuilder
+        self,
+        config: MegalodonConfig,
+        activation: ir.DataType,
+        weights: Mapping[str, ir.Value],
+        builder: GraphBuilder,
+        *,
+        quantization: Quantization | None = None,
     ) -> None:
         self.config, self.activation, self.builder = config, activation, builder
         self._weights = weights
+        self._quantization = quantization
 
     @cached_property
     def is_half(self) -> bool:
@@ -44,9 +53,18 @@ class Context:
     def weight(self, name: str) -> ir.Value:
         return self._weights[name]
 
+    def matrix(self, name: str, label: str) -> ir.Value:
+        """The matrix `name` [in, out] of the activation type; `label` names the nodes that make it from codes."""
+        form = self._quantization.format_of(name) if self._quantization else None
+        if form is None:
+            return self._weights[name]
+        shape = (0, 0)  # the parts are looked up by name
+        parts = [self._weights[part.name] for part in matrix_parts(name, shape, form, self.activation)]
+        return emit_matrix(self.builder, parts, form, label)
+
     def linear(self, x: ir.Value, prefix: str, name: str) -> ir.Value:
         """x [..., in] times `prefix.weight` [in, out], plus `prefix.bias` where there is one."""
-        product = self.builder.op("MatMul", x, self.weight(f"{prefix}.weight"), name=name)
+        product = self.builder.op("MatMul", x, self.matrix(f"{prefix}.weight", name), name=name)
         if f"{prefix}.bias" not in self._weights:
             return product
         return self.builder.op("Add", product, self.weight(f"{prefix}.bias"), name=f"{name}_biased")

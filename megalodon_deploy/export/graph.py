@@ -7,7 +7,7 @@ checkpoint's tensors. In half precision, norms, rotary embedding and softmax run
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -20,23 +20,39 @@ from megalodon_deploy.export.layers import emit_block, emit_timestep_norm
 from megalodon_deploy.export.operators import DOMAIN, DOMAIN_VERSION
 from megalodon_deploy.export.operators.complex_ema import complex_ema_function
 from megalodon_deploy.export.operators.timestep_norm import timestep_norm_function
+from megalodon_deploy.export.quantized_weights import Part, matrix_parts
 from megalodon_deploy.export.weights import InitializerSpec, folds
+from megalodon_deploy.quantization import OUTPUT_WEIGHT, Quantization, WeightFormat
 from megalodon_deploy.state import LOGITS, POSITION, TOKENS, Dim, state_specs
 
 ACTIVATION = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 STATE_TYPES = {"float32": FLOAT, "fp8": ir.DataType.FLOAT8E4M3FN, "int8": ir.DataType.INT8}
-WeightSource = Callable[[InitializerSpec, ir.DataType], ir.TensorProtocol]
+
+
+class WeightSource(Protocol):
+    """Gives the tensors of initializers, which may be lazy."""
+
+    def tensor(self, spec: InitializerSpec, dtype: ir.DataType) -> ir.TensorProtocol: ...
+
+    def part(self, spec: InitializerSpec, form: WeightFormat, dtype: ir.DataType, part: Part) -> ir.TensorProtocol:
+        """Of the matrix `spec`, whose scales are of the type `dtype`."""
+        ...
 
 
 def build_model(
-    config: MegalodonConfig, weights: WeightSource, *, precision: Precision = "fp32", logits: LogitsMode = "last"
+    config: MegalodonConfig,
+    weights: WeightSource,
+    *,
+    precision: Precision = "fp32",
+    logits: LogitsMode = "last",
+    quantization: Quantization | None = None,
 ) -> ir.Model:
-    """The model; `weights` gives the tensor of an initializer, which may be lazy."""
+    """The model with these weights."""
     activation = ACTIVATION[precision]
-    initializers = _initializers(config, weights, activation)
+    initializers = _initializers(config, weights, activation, quantization)
     inputs = _inputs(config, activation)
-    context = Context(config, activation, initializers, GraphBuilder())
+    context = Context(config, activation, initializers, GraphBuilder(), quantization=quantization)
     outputs = _emit(context, inputs, all_logits=logits == "all")
     _declare_outputs(config, activation, outputs, num_logits="T" if logits == "all" else 1)
     builder = context.builder
@@ -55,13 +71,20 @@ def build_model(
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="megalodon-deploy", functions=functions)
 
 
-def _initializers(config: MegalodonConfig, weights: WeightSource, activation: ir.DataType) -> dict[str, ir.Value]:
+def _initializers(
+    config: MegalodonConfig, weights: WeightSource, activation: ir.DataType, quantization: Quantization | None
+) -> dict[str, ir.Value]:
     values: dict[str, ir.Value] = {}
     for spec in (spec for fold in folds(config) for spec in fold.targets):
-        dtype = activation if spec.is_activation else FLOAT
-        tensor = weights(spec, dtype)
-        values[spec.name] = _typed(spec.name, dtype, spec.shape)
-        values[spec.name].const_value = tensor
+        form = quantization.format_of(spec.name) if quantization else None
+        if form is None:
+            dtype = activation if spec.is_activation else FLOAT
+            values[spec.name] = _typed(spec.name, dtype, spec.shape)
+            values[spec.name].const_value = weights.tensor(spec, dtype)
+            continue
+        for part in matrix_parts(spec.name, spec.shape, form, activation):
+            values[part.name] = _typed(part.name, part.dtype, part.shape)
+            values[part.name].const_value = weights.part(spec, form, activation, part)
     return values
 
 
@@ -120,7 +143,7 @@ def _logits(context: Context, x_BTD: ir.Value, *, all_logits: bool) -> ir.Value:
     if config.share_emb:
         matrix = builder.op("Transpose", context.weight("embed.weight"), perm=[1, 0], name="embed_transposed")
     else:
-        matrix = context.weight("output.output.weight")
+        matrix = context.matrix(OUTPUT_WEIGHT, "output")
     product = builder.op("MatMul", x_BTD, matrix, name="output")
     return builder.op("Cast", product, to=FLOAT, name=LOGITS)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import ml_dtypes
 import numpy as np
@@ -10,8 +11,11 @@ import onnx_ir as ir
 import torch
 
 from megalodon_deploy.errors import CheckpointError
+from megalodon_deploy.export.codes import QuantizedMatrix, quantize_nearest
+from megalodon_deploy.export.quantized_weights import Part, matrix_parts, part_tensor
 from megalodon_deploy.export.weights import Fold, InitializerSpec, folds
 from megalodon_deploy.model.checkpoint import Checkpoint
+from megalodon_deploy.quantization import WeightFormat
 
 _TORCH_DTYPE = {
     ir.DataType.FLOAT: torch.float32,
@@ -21,19 +25,53 @@ _TORCH_DTYPE = {
 INLINE_BYTES = 256  # tensors up to this size lie in the graph file, not beside it
 
 
-class WeightStream:
-    """Lazy initializers of a checkpoint, to be written in the order of `folds`."""
+Calibrated = Callable[[str, WeightFormat], QuantizedMatrix]  # by the matrix's name, in the order of `folds`
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+
+class WeightStream:
+    """Lazy initializers of a checkpoint, to be written in the order of `folds`.
+
+    Matrices are quantised to the nearest codes, unless `calibrated` has better ones.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, calibrated: Calibrated | None = None) -> None:
         self._checkpoint = checkpoint
+        self._calibrated = calibrated
         self._fold_of = {spec.name: fold for fold in folds(checkpoint.config) for spec in fold.targets}
         self._recent: tuple[Fold, tuple[np.ndarray, ...]] | None = None  # of a fold with several targets
+        self._matrix: tuple[InitializerSpec, QuantizedMatrix] | None = None  # whose parts are being written
+        self._small: dict[str, ir.TensorProtocol] = {}  # parts that go into the graph file, which is written last
 
     def tensor(self, spec: InitializerSpec, dtype: ir.DataType) -> ir.TensorProtocol:
         """The tensor of `spec`; one that goes into the graph file is read at once."""
         if math.prod(spec.shape) * _TORCH_DTYPE[dtype].itemsize <= INLINE_BYTES:
             return self._load(spec, dtype)
         return ir.LazyTensor(lambda: self._load(spec, dtype), dtype, ir.Shape(spec.shape), name=spec.name)
+
+    def part(self, spec: InitializerSpec, form: WeightFormat, dtype: ir.DataType, part: Part) -> ir.TensorProtocol:
+        """A part of the quantised matrix `spec`; the matrix is quantised when its first part is written."""
+        return ir.LazyTensor(
+            lambda: self._load_part(spec, form, dtype, part), part.dtype, ir.Shape(part.shape), name=part.name
+        )
+
+    def _load_part(
+        self, spec: InitializerSpec, form: WeightFormat, dtype: ir.DataType, part: Part
+    ) -> ir.TensorProtocol:
+        if part.name in self._small:
+            return self._small[part.name]
+        if self._matrix is None or self._matrix[0] != spec:
+            self._matrix = None  # before the next one is made
+            self._matrix = (spec, self._quantized(spec, form, _TORCH_DTYPE[dtype]))
+            parts = matrix_parts(spec.name, spec.shape, form, dtype)
+            small = [each for each in parts if each.num_bytes <= INLINE_BYTES]
+            self._small |= {each.name: part_tensor(self._matrix[1], each) for each in small}
+        return part_tensor(self._matrix[1], part)
+
+    def _quantized(self, spec: InitializerSpec, form: WeightFormat, dtype: torch.dtype) -> QuantizedMatrix:
+        if self._calibrated is not None:
+            return self._calibrated(spec.name, form)
+        (matrix_KN,) = self._folded(self._fold_of[spec.name])
+        return quantize_nearest(torch.from_numpy(matrix_KN), form, dtype)
 
     def _load(self, spec: InitializerSpec, dtype: ir.DataType) -> ir.Tensor:
         fold = self._fold_of[spec.name]

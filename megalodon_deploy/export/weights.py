@@ -15,7 +15,9 @@ import numpy as np
 import torch
 
 from megalodon_deploy.config import MegalodonConfig
+from megalodon_deploy.errors import UserError
 from megalodon_deploy.export.coefficients import fold_cema, unfold_cema
+from megalodon_deploy.quantization import BLOCK_SIZES, Quantization, WeightFormat
 
 Arrays = tuple[np.ndarray, ...]
 
@@ -175,6 +177,23 @@ def _cema(config: MegalodonConfig, prefix: str) -> Fold:
         return fold_cema(*values, levels=levels)
 
     return Fold(targets, sources, fold, unfold_cema)
+
+
+def check_quantization(config: MegalodonConfig, quantization: Quantization) -> None:
+    """Raise `UserError` when a matrix of this model cannot have the format that was chosen for it."""
+    if config.share_emb and quantization.output is not None:
+        raise UserError(
+            "this model's output matrix is its embedding, which is looked up and stays unquantised: "
+            "choose no quantisation of the output (--quantize-output none)"
+        )
+    for spec in (spec for fold in folds(config) for spec in fold.targets):
+        form = quantization.format_of(spec.name)
+        if form is not None and not form.fits(spec.shape[0]):
+            fitting = [size for size in BLOCK_SIZES[form.kind] if WeightFormat(form.kind, size).fits(spec.shape[0])]
+            raise UserError(
+                f"{spec.name}: {spec.shape[0]} inputs are not a multiple of the block size {form.block_size}; "
+                f"{form.kind} block sizes that fit: {', '.join(map(str, fitting)) or 'none'}"
+            )
 
 
 def fold_all(config: MegalodonConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

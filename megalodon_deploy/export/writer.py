@@ -31,8 +31,10 @@ from megalodon_deploy.errors import BundleError, UserError
 from megalodon_deploy.export.graph import build_model
 from megalodon_deploy.export.operators.schema import register_schemas
 from megalodon_deploy.export.stream import INLINE_BYTES, WeightStream
+from megalodon_deploy.export.weights import check_quantization
 from megalodon_deploy.files import atomic_directory
 from megalodon_deploy.model.checkpoint import Checkpoint, TokenizerSource, read_checkpoint
+from megalodon_deploy.quantization import Quantization, plan_quantization
 
 Progress = Callable[[str, float], None]
 
@@ -48,6 +50,9 @@ class ExportOptions:
     precision: Precision = "fp32"
     logits: LogitsMode = "last"
     kv_dtype: KeyValueType = "activation"
+    quantize: str | None = None
+    block_size: int | None = None
+    quantize_output: str | None = None
     name: str | None = None
     tokenizer: Path | None = None
     overwrite: bool = False
@@ -59,14 +64,16 @@ def write_bundle(ckpt: Path, out: Path, options: ExportOptions, progress: Progre
     _check_target(out, overwrite=options.overwrite)
     checkpoint = read_checkpoint(ckpt)
     config = replace(checkpoint.config, kv_dtype=options.kv_dtype)
+    quantization = _plan(config, options)
     tokenizer = _tokenizer(checkpoint, options.tokenizer)
     try:
         with atomic_directory(out, overwrite=options.overwrite) as directory:
-            _write_model(checkpoint, config, directory, options, progress)
+            _write_model(checkpoint, config, directory, options, quantization, progress)
             info = _copy_tokenizer(tokenizer, directory)
             progress("hashing", _WEIGHTS_SHARE)
             source = {"layout": checkpoint.layout, "fingerprint": checkpoint.fingerprint}
-            manifest = _manifest(config, source, directory, info, options, options.name or out.resolve().name)
+            name = options.name or out.resolve().name
+            manifest = _manifest(config, source, directory, info, options, quantization, name)
             (directory / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     except OSError as error:
         raise BundleError(f"{out}: cannot be written ({error.strerror or error}); nothing was left behind") from error
@@ -86,6 +93,22 @@ def _check_options(options: ExportOptions) -> None:
         raise UserError(f"{options.tokenizer} is not a file; expected a tokenizer.json or a SentencePiece model")
 
 
+def _plan(config: MegalodonConfig, options: ExportOptions) -> Quantization | None:
+    """Formats of the matrices, fit for the model. Raises `UserError` naming what there is."""
+    if options.quantize is None:
+        if options.block_size is not None or options.quantize_output is not None:
+            raise UserError("a block size or a format of the output goes with a kind of quantisation (--quantize)")
+        return None
+    quantization = plan_quantization(
+        options.quantize,
+        block_size=options.block_size,
+        output=options.quantize_output,
+        shares_embedding=config.share_emb,
+    )
+    check_quantization(config, quantization)
+    return quantization
+
+
 def _check_target(out: Path, *, overwrite: bool) -> None:
     """Never replace what is not a bundle, whatever the user says."""
     if not out.exists():
@@ -98,10 +121,15 @@ def _check_target(out: Path, *, overwrite: bool) -> None:
 
 
 def _write_model(
-    checkpoint: Checkpoint, config: MegalodonConfig, directory: Path, options: ExportOptions, progress: Progress
+    checkpoint: Checkpoint,
+    config: MegalodonConfig,
+    directory: Path,
+    options: ExportOptions,
+    quantization: Quantization | None,
+    progress: Progress,
 ) -> None:
     stream = WeightStream(checkpoint)
-    model = build_model(config, stream.tensor, precision=options.precision, logits=options.logits)
+    model = build_model(config, stream, precision=options.precision, logits=options.logits, quantization=quantization)
 
     def show(tensor: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
         progress(f"writing {tensor.name}", _WEIGHTS_SHARE * info.index / info.total)
@@ -149,6 +177,7 @@ def _manifest(
     directory: Path,
     tokenizer: TokenizerInfo,
     options: ExportOptions,
+    quantization: Quantization | None,
     name: str,
 ) -> Manifest:
     files = [MODEL_FILE, WEIGHTS_FILE, *([tokenizer.file] if tokenizer.file else [])]
@@ -157,6 +186,7 @@ def _manifest(
         config=config,
         precision=options.precision,
         logits=options.logits,
+        quantization=quantization,
         tokenizer=tokenizer,
         files={file: FileEntry.of(directory / file) for file in files},
         tools={"megalodon-deploy": megalodon_deploy.__version__} | {tool: version(tool) for tool in _TOOLS},

@@ -21,15 +21,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from polygraphy.backend.base import BaseRunner
-from polygraphy.backend.onnxrt import SessionFromOnnx, session_from_onnx
 
 from megalodon_deploy.bundle import Bundle, Precision
 from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.export.precision import write_widened
+from megalodon_deploy.runtime.executors.onnxruntime import has_int8_products, missing_on_cpu
 from megalodon_deploy.runtime.session import open_session
 from megalodon_deploy.verify.compare import Contract
 from megalodon_deploy.verify.comparison import Candidate, RunnerFactory
-from megalodon_deploy.verify.onnx_values import OrtValueRunner
+from megalodon_deploy.verify.onnx_values import OrtValueRunner, open_exact
 from megalodon_deploy.verify.reference import Start
 from megalodon_deploy.verify.report import NotRun
 from megalodon_deploy.verify.runners import CarriedRunner
@@ -47,17 +47,18 @@ ACTIVATIONS: dict[Precision, np.dtype] = {
 def cpu_candidates(bundle: Bundle) -> tuple[list[Candidate], list[NotRun]]:
     """What can run a bundle of this precision on any machine, and what cannot."""
     precision = bundle.manifest.precision
+    missing = missing_on_cpu(bundle.manifest)
     candidates, not_run = [], []
-    if precision == "bf16":
-        not_run.append(NotRun("onnxruntime on the graph as it is", "it has no bf16 matrix product on the CPU"))
+    if missing:
+        not_run.append(NotRun("onnxruntime on the graph as it is", f"it has no {missing} on the CPU"))
     else:
-        load = SessionFromOnnx(str(bundle.model_path), providers=["cpu"])
+        load = functools.partial(open_exact, bundle.model_path)
         candidates.append(_onnx_candidate(bundle, "onnxruntime", "the graph as it is, on the CPU", precision, load))
-    if precision != "fp32":
+    if precision != "fp32" or missing:
         what = f"the graph widened from {precision} to float32, on the CPU"
         load_widened = functools.partial(_load_widened, bundle)
         candidates.append(_onnx_candidate(bundle, "onnxruntime, widened", what, "fp32", load_widened))
-    candidates.append(_session_candidate(bundle, "torch" if precision == "bf16" else "onnxruntime"))
+    candidates.append(_session_candidate(bundle, "torch" if missing else "onnxruntime"))
     return candidates, not_run
 
 
@@ -68,8 +69,7 @@ def _onnx_candidate(bundle: Bundle, name: str, what: str, precision: Precision, 
 def _load_widened(bundle: Bundle) -> Any:
     """The copy is gone once ONNX Runtime has read it."""
     with tempfile.TemporaryDirectory(prefix="megalodon-verify.") as folder:
-        path = write_widened(bundle, Path(folder))
-        return session_from_onnx(str(path), providers=["cpu"])
+        return open_exact(write_widened(bundle, Path(folder)))
 
 
 def graph_contract(bundle: Bundle, precision: Precision) -> Contract:
@@ -116,10 +116,11 @@ def carried_candidate(
 def _session_candidate(bundle: Bundle, backend: str) -> Candidate:
     """Streams in one batch. Key and value rows stay inside; they show in what follows from them."""
     precision, name = bundle.manifest.precision, f"{backend} session"
+    int8_products = backend == "onnxruntime" and has_int8_products(bundle.manifest)
     contract = Contract(
         logits="last",
         activation=ACTIVATIONS[precision],
-        tolerances=tolerances(bundle.config, precision),
+        tolerances=tolerances(bundle.config, precision, int8_products=int8_products),
         hidden=frozenset(ROW_KINDS),
     )
 

@@ -1,10 +1,14 @@
-"""ONNX Runtime with tensors of fp8, which its Python interface does not take as NumPy arrays."""
+"""ONNX Runtime as the comparison needs it: exact products, and tensors of fp8.
+
+Its Python interface does not take fp8 as NumPy arrays.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -12,7 +16,16 @@ import onnxruntime
 from onnx import TensorProto
 from polygraphy.backend.onnxrt import OnnxrtRunner
 
+from megalodon_deploy.runtime.executors.onnxruntime import FLOAT_PRODUCTS, MATMUL_ACCURACY
+
 _FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+
+
+def open_exact(model_path: str | Path) -> onnxruntime.InferenceSession:
+    """On the CPU, with activations that are not rounded to int8 where a matrix is quantised."""
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry(MATMUL_ACCURACY, FLOAT_PRODUCTS)
+    return onnxruntime.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
 
 
 class OrtValueRunner(OnnxrtRunner):  # type: ignore[misc]  # Polygraphy ships no types

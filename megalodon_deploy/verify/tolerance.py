@@ -17,6 +17,7 @@ Tolerances:
   independent roundings add as the root of their number. `ROUNDINGS_PER_LAYER` counts the tensors a layer writes, and
   `CONDITIONING` is what normalising, softmax and gating may magnify them by. The reference computes in float32 on
   weights rounded to the same precision, so rounding of weights is no part of the error.
+- products with int8 activations, as ONNX Runtime computes those with quantised matrices: each rounds its input once.
 - quantised keys and values: where two paths come down on either side of the middle between two codes, they keep
   different ones. So a code may be off by one `CODE_STEP`. With an error e before rounding, about e/step of the codes
   are; what follows from independent flips grows as the root of their share: `CONDITIONING` * step * sqrt(e/step).
@@ -40,6 +41,8 @@ FLOAT32_AGREEMENT = 2e-5
 UNIT_ROUNDOFF: dict[Precision, float] = {"fp16": 2.0**-11, "bf16": 2.0**-8}
 ROUNDINGS_PER_LAYER = 12  # u, m, z, q, k, v, g, a, y, n, f, out
 CONDITIONING = 4.0
+INT8_ROUNDOFF = 2.0**-8  # half a step of 127 to the largest activation of a block
+PRODUCTS_PER_LAYER = 5
 PAIR_ROUNDOFF = 2.0**-44  # two float32 hold 48 bits; sixteen roundings of the last
 CODE_STEP = {
     "fp8": 32 / 448,
@@ -48,12 +51,17 @@ CODE_STEP = {
 SCALE_FLOOR = 1e-3  # of an all-zero tensor, where a scale of 0 would allow nothing
 
 
-def tolerances(config: MegalodonConfig, precision: Precision) -> dict[str, float]:
-    """Allowed error over scale, by kind, for arithmetic of `precision`."""
+def tolerances(config: MegalodonConfig, precision: Precision, *, int8_products: bool = False) -> dict[str, float]:
+    """Allowed error over scale, by kind, for arithmetic of `precision`.
+
+    `int8_products`: matrix products round their activations to int8.
+    """
     allowed = FLOAT32_AGREEMENT
     if precision != "fp32":
         num_roundings = ROUNDINGS_PER_LAYER * config.num_layers + 2  # the embedding and the final norm
         allowed = CONDITIONING * UNIT_ROUNDOFF[precision] * math.sqrt(num_roundings)
+    if int8_products:
+        allowed += CONDITIONING * INT8_ROUNDOFF * math.sqrt(PRODUCTS_PER_LAYER * config.num_layers + 1)
     if config.kv_dtype == "activation":
         return dict.fromkeys(KINDS, allowed)
     step = CODE_STEP[config.kv_dtype]

@@ -24,13 +24,28 @@ from megalodon_deploy.runtime.executors.huge_pages import huge_pages
 from megalodon_deploy.state import LOGITS, POSITION, TOKENS, StateSpec, concrete_shape, state_specs
 
 if TYPE_CHECKING:
-    from megalodon_deploy.bundle import Bundle
+    from megalodon_deploy.bundle import Bundle, Manifest
 
 _ACTIVATIONS: dict[str, np.dtype] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
+# How ONNX Runtime multiplies with quantised matrices: the accuracy level of its operator MatMulNBits.
+MATMUL_ACCURACY = "session.qdq_matmulnbits_accuracy_level"
+INT8_PRODUCTS, FLOAT_PRODUCTS = "4", "1"  # activations rounded to int8 by blocks, which is what makes it fast; float32
 _QUIET = 3  # log errors only
 _ONNX_FLOAT8E4M3FN = 17  # in ONNX's TensorProto.DataType; the runtime does not import onnx
 
 Arrays = dict[str, np.ndarray]
+
+
+def missing_on_cpu(manifest: Manifest) -> str | None:
+    """What a bundle needs that ONNX Runtime lacks on a CPU; None when it can run it."""
+    if manifest.precision not in _ACTIVATIONS:
+        return f"{manifest.precision} matrix product"
+    return "fp4 type" if "nvfp4" in manifest.weight_kinds else None
+
+
+def has_int8_products(manifest: Manifest) -> bool:
+    """Whether the CPU multiplies int8 activations with some matrices: those that ONNX Runtime fuses to MatMulNBits."""
+    return bool(manifest.weight_kinds & {"int8", "int4"})
 
 
 class OnnxRuntimeExecutor:
@@ -41,10 +56,10 @@ class OnnxRuntimeExecutor:
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, native: bool | None = None) -> None:
         precision = bundle.manifest.precision
-        if precision not in _ACTIVATIONS:
+        if missing := missing_on_cpu(bundle.manifest):
             raise EngineError(
-                f"{bundle.path}: ONNX Runtime cannot multiply {precision} matrices on a CPU; "
-                "use the backend torch or a TensorRT engine, or export with --precision fp32"
+                f"{bundle.path}: ONNX Runtime has no {missing} on a CPU; "
+                "use the backend torch or a TensorRT engine, or export with other types"
             )
         self.config = bundle.config
         self.activation = _ACTIVATIONS[precision]
@@ -211,6 +226,7 @@ def load_session(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _QUIET
     options.intra_op_num_threads = threads or 0
+    options.add_session_config_entry(MATMUL_ACCURACY, INT8_PRODUCTS)
     if operators is not None:
         try:
             options.register_custom_ops_library(str(operators))

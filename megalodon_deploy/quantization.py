@@ -1,0 +1,112 @@
+"""Which weights of a bundle are quantised, and how: what the user chose, checked, as the manifest keeps it.
+
+Matrices are stored as [in, out]. A scale serves `block_size` weights of one column, or the whole column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, cast, get_args
+
+from megalodon_deploy.errors import UserError
+
+WeightKind = Literal["int8", "int4", "fp8", "nvfp4"]
+Method = Literal["nearest", "gptq"]
+
+WHOLE_COLUMN = 0  # block size of one scale for each output
+# int4 by whole columns is left out: TensorRT-RTX 1.7 then stores the matrix in floating point.
+BLOCK_SIZES: dict[WeightKind, tuple[int, ...]] = {
+    "int8": (WHOLE_COLUMN, 32, 64, 128),
+    "int4": (32, 64, 128),
+    "fp8": (WHOLE_COLUMN, 32, 64, 128),
+    "nvfp4": (16,),
+}
+DEFAULT_BLOCK: dict[WeightKind, int] = {"int8": WHOLE_COLUMN, "int4": 32, "fp8": WHOLE_COLUMN, "nvfp4": 16}
+OUTPUT_WEIGHT = "output.output.weight"
+_LAYER_MATRICES = [[name, "weight"] for name in ("wv", "wz_wr_wh1", "wh2", "fc1", "fc1_fc3", "fc2")]
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How one matrix is stored. `fp8` is e4m3; `nvfp4` is e2m1 with e4m3 block scales under one scale a matrix."""
+
+    kind: WeightKind
+    block_size: int
+
+    def blocks(self, in_dim: int) -> int:
+        """Number of scales along a column."""
+        return in_dim // self.block_size if self.block_size else 1
+
+    def fits(self, in_dim: int) -> bool:
+        return self.block_size == WHOLE_COLUMN or in_dim % self.block_size == 0
+
+    def describe(self) -> str:
+        return f"{self.kind} by {f'blocks of {self.block_size}' if self.block_size else 'columns'}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """Formats of a bundle's matrices. `output` None: the output matrix has the activation type, as embeddings have."""
+
+    weights: WeightFormat
+    output: WeightFormat | None
+    method: Method = "nearest"
+
+    def format_of(self, name: str) -> WeightFormat | None:
+        """Of the matrix with this name in the graph; None for everything that is not quantised."""
+        if name == OUTPUT_WEIGHT:
+            return self.output
+        return self.weights if name.rsplit(".", 2)[-2:] in _LAYER_MATRICES else None
+
+    def describe(self) -> str:
+        output = "as the activations" if self.output is None else self.output.describe()
+        return f"{self.weights.describe()}, output {output}, {self.method}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Quantization:
+        """The inverse. Raises `KeyError`, `TypeError` or `UserError` for what cannot be."""
+        output = values["output"]
+        return cls(
+            weights=make_format(values["weights"]["kind"], values["weights"]["block_size"]),
+            output=None if output is None else make_format(output["kind"], output["block_size"]),
+            method=_known("method", values["method"], get_args(Method)),
+        )
+
+
+def plan_quantization(
+    weights: str,
+    *,
+    block_size: int | None = None,
+    output: str | None = None,
+    method: Method = "nearest",
+    shares_embedding: bool = False,
+) -> Quantization:
+    """Formats from a user's words. Raises `UserError` naming what there is.
+
+    `output` "none" leaves the output matrix as it is. Its default is int8 where the other weights have 4 bits, for its
+    errors reach the logits directly; otherwise their kind; none where it is the embedding (`shares_embedding`).
+    """
+    form = make_format(weights, block_size)
+    if output is None:
+        output = "none" if shares_embedding else "int8" if form.kind in ("int4", "nvfp4") else form.kind
+    return Quantization(weights=form, output=None if output == "none" else make_format(output), method=method)
+
+
+def make_format(kind: str, block_size: int | None = None) -> WeightFormat:
+    """A checked format; `block_size` None: the kind's default. Raises `UserError` naming what there is."""
+    known = cast(WeightKind, _known("quantisation", kind, get_args(WeightKind)))
+    size = DEFAULT_BLOCK[known] if block_size is None else block_size
+    if size not in BLOCK_SIZES[known]:
+        sizes = ", ".join(str(size) if size else "0 (one scale a column)" for size in BLOCK_SIZES[known])
+        raise UserError(f"block size {size} cannot be had with {known}; there are: {sizes}")
+    return WeightFormat(known, size)
+
+
+def _known(what: str, value: Any, known: tuple[Any, ...]) -> Any:
+    if value not in known:
+        raise UserError(f"{what} {value!r} is none of: {', '.join(known)}")
+    return value

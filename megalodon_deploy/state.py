@@ -29,8 +29,10 @@ OPERATOR_DOMAIN = "megalodon"  # of the ONNX operators, which are also the plugi
 OPERATOR_VERSION = 1
 COMPLEX_EMA = "ComplexEMA"
 TIMESTEP_NORM = "TimestepNorm"
+CHUNK_ATTENTION = "ChunkAttention"
 EPSILON = "epsilon"  # TimestepNorm's attribute
 DEFAULT_EPSILON = 1e-5
+CHUNK_SIZE = "chunk_size"  # ChunkAttention's attribute, C
 
 Kind = Literal["key", "value", "key_scale", "value_scale", "cema", "norm"]
 Dtype = Literal["activation", "float32", "fp8", "int8"]  # fp8: e4m3 without infinities

@@ -34,8 +34,10 @@ constexpr char kOperatorDomain[] = "{OPERATOR_DOMAIN}";
 constexpr char kOperatorVersion[] = "{OPERATOR_VERSION}";
 constexpr char kComplexEma[] = "{COMPLEX_EMA}";
 constexpr char kTimestepNorm[] = "{TIMESTEP_NORM}";
+constexpr char kChunkAttention[] = "{CHUNK_ATTENTION}";
 constexpr char kEpsilon[] = "{EPSILON}";
 constexpr float kDefaultEpsilon = {DEFAULT_EPSILON}f;
+constexpr char kChunkSize[] = "{CHUNK_SIZE}";
 
 }}  // namespace megalodon
 """

@@ -82,7 +82,7 @@ class Tensor:
 
 
 def _poison(dtype: np.dtype) -> Any:
-    return np.iinfo(dtype).min if dtype == np.int64 else np.nan
+    return np.iinfo(dtype).min if np.issubdtype(dtype, np.integer) else np.nan
 
 
 class KernelLibrary:

@@ -20,7 +20,7 @@ REGISTER_FILE = "libmegalodon_register.so"  # for tools that only dlopen a libra
 KERNELS_VARIABLE = "MEGALODON_KERNELS"  # "reference": standard operators in place of ours
 OPERATORS_VARIABLE = "MEGALODON_ONNXRUNTIME_LIBRARY"
 OPERATORS_FILE = "libmegalodon_onnxruntime.so"
-ABI_VERSION = 1  # MGD_ABI_VERSION of plugins/include/megalodon/megalodon.h
+ABI_VERSION = 2  # MGD_ABI_VERSION of plugins/include/megalodon/megalodon.h
 
 _PACKAGE_DIR = Path(__file__).resolve().parent.parent
 

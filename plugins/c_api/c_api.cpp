@@ -1,39 +1,16 @@
 // The C interface: checks every argument, then hands over to the launchers. The TensorRT plugins come through here too.
 #include <cmath>
-#include <exception>
 
+#include "c_api/checks.h"
 #include "common/launch.h"
 #include "megalodon/megalodon.h"
 #include "operators/complex_ema/launch.h"
 #include "operators/timestep_norm/launch.h"
 
-namespace {
-
-bool is_dtype(int dtype) {
-    return dtype == MGD_FLOAT32 || dtype == MGD_FLOAT16 || dtype == MGD_BFLOAT16;
-}
-
-template <typename... Sizes>
-bool none_negative(Sizes... sizes) {
-    return ((sizes >= 0) && ...);
-}
-
-template <typename... Pointers>
-bool none_null(Pointers... pointers) {
-    return ((pointers != nullptr) && ...);
-}
-
-/// Runs `body` so that nothing is thrown across the C interface.
-template <typename Body>
-int without_exceptions(Body body) noexcept {
-    try {
-        return body();
-    } catch (...) {
-        return MGD_INTERNAL_ERROR;
-    }
-}
-
-}  // namespace
+using megalodon::is_activation;
+using megalodon::none_negative;
+using megalodon::none_null;
+using megalodon::without_exceptions;
 
 int32_t mgd_abi_version(void) {
     return MGD_ABI_VERSION;
@@ -46,7 +23,7 @@ const char* mgd_status_string(int status) {
         case MGD_INVALID_ARGUMENT:
             return "invalid argument: a size, type or pointer that no call can have";
         case MGD_UNSUPPORTED:
-            return "unsupported: more modes or more rows than the kernels take";
+            return "unsupported: more modes, wider heads or more rows than the kernels take";
         case MGD_INTERNAL_ERROR:
             return "internal error in libmegalodon";
         default:
@@ -58,7 +35,7 @@ int mgd_complex_ema(int dtype, int64_t B, int64_t T, int64_t D, int64_t N, const
                     const int64_t* position, const float* p, const float* q, const float* gamma, const float* omega,
                     void* y, float* present, void* stream) {
     return without_exceptions([&]() -> int {
-        if (!is_dtype(dtype) || !none_negative(B, T, D) || N < 1) return MGD_INVALID_ARGUMENT;
+        if (!is_activation(dtype) || !none_negative(B, T, D) || N < 1) return MGD_INVALID_ARGUMENT;
         if (B == 0 || D == 0) return MGD_OK;
         if (!none_null(past, position, p, q, gamma, omega, present)) return MGD_INVALID_ARGUMENT;
         if (T > 0 && (!none_null(x, static_cast<const void*>(y)) || x == y)) return MGD_INVALID_ARGUMENT;
@@ -77,7 +54,7 @@ int mgd_timestep_norm(int dtype, int64_t B, int64_t T, int64_t D, int64_t G, con
                       const int64_t* position, const float* weight, const float* bias, float epsilon, void* y,
                       float* present, void* workspace, size_t workspace_bytes, void* stream) {
     return without_exceptions([&]() -> int {
-        if (!is_dtype(dtype) || !none_negative(B, T, D) || G < 1 || D % G != 0) return MGD_INVALID_ARGUMENT;
+        if (!is_activation(dtype) || !none_negative(B, T, D) || G < 1 || D % G != 0) return MGD_INVALID_ARGUMENT;
         if (!std::isfinite(epsilon) || epsilon <= 0) return MGD_INVALID_ARGUMENT;
         if (B == 0 || D == 0) return MGD_OK;
         if (!none_null(past, position, weight, bias, present) || past == present) return MGD_INVALID_ARGUMENT;

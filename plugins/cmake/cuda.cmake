@@ -14,7 +14,7 @@ if(NOT EXISTS ${MEGALODON_TENSORRT_INCLUDE}/NvInferRuntime.h)
     message(FATAL_ERROR "NvInferRuntime.h is not in MEGALODON_TENSORRT_INCLUDE = '${MEGALODON_TENSORRT_INCLUDE}'")
 endif()
 
-megalodon_shared_library(megalodon c_api/c_api.cpp ${KERNEL_SOURCES} ${PLUGIN_SOURCES})
+megalodon_shared_library(megalodon ${C_API_SOURCES} ${KERNEL_SOURCES} ${PLUGIN_SOURCES})
 target_compile_options(megalodon PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra;--threads=2>")
 if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.9)
     target_compile_options(megalodon PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--compress-mode=size>)

@@ -7,7 +7,7 @@ if(MEGALODON_SANITIZE)
 endif()
 
 set_source_files_properties(${KERNEL_SOURCES} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-xc++;-Wno-unknown-pragmas")
-megalodon_shared_library(megalodon_emulated c_api/c_api.cpp emulation/cuda.cpp ${KERNEL_SOURCES})
+megalodon_shared_library(megalodon_emulated ${C_API_SOURCES} emulation/cuda.cpp ${KERNEL_SOURCES})
 target_compile_definitions(megalodon_emulated PRIVATE MEGALODON_EMULATE)
 
 add_executable(emulation_check tests/emulation_check.cpp emulation/cuda.cpp)

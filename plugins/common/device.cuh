@@ -1,4 +1,4 @@
-// What several kernels need: activation types, indices, and sums over the lanes of a warp.
+// What several kernels need: types in memory, indices, and sums over the lanes of a warp.
 #pragma once
 
 #include "common/platform.cuh"
@@ -16,6 +16,9 @@ __device__ inline float to_float(__half value) {
 }
 __device__ inline float to_float(__nv_bfloat16 value) {
     return __bfloat162float(value);
+}
+__device__ inline float to_float(int8_t value) {
+    return static_cast<float>(value);
 }
 
 template <typename Activation>
@@ -36,6 +39,33 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
     return __float2bfloat16(value);
 }
 
+/// kCount neighbouring elements, read with one access.
+template <typename Element, int kCount>
+struct alignas(sizeof(Element) * kCount) Packed {
+    Element elements[kCount];
+};
+
+template <typename Element, int kCount>
+__device__ inline void to_floats(const Packed<Element, kCount>& packed, float (&values)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+        values[i] = to_float(packed.elements[i]);
+    }
+}
+
+/// By pairs: one instruction converts two.
+template <int kCount>
+__device__ inline void to_floats(const Packed<__nv_fp8_e4m3, kCount>& packed, float (&values)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2) {
+        const unsigned high = i + 1 < kCount ? packed.elements[i + 1].__x : 0;
+        const auto pair = static_cast<uint16_t>(packed.elements[i].__x | high << 8);
+        const __half2_raw halves = __nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3);
+        values[i] = to_float(__ushort_as_half(halves.x));
+        if (i + 1 < kCount) values[i + 1] = to_float(__ushort_as_half(halves.y));
+    }
+}
+
 /// Index of this thread in a one-dimensional grid; more than 2^31 threads are possible.
 __device__ inline int64_t thread_in_grid() {
     return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -47,6 +77,16 @@ __device__ inline float sum_over_lanes(float value) {
 #pragma unroll
     for (int distance = kLanes / 2; distance > 0; distance /= 2) {
         value += __shfl_xor_sync(kWholeWarp, value, distance);
+    }
+    return value;
+}
+
+/// Largest of each aligned run of kLanes lanes; every lane gets it. All 32 lanes must call.
+template <int kLanes>
+__device__ inline float max_over_lanes(float value) {
+#pragma unroll
+    for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+        value = fmaxf(value, __shfl_xor_sync(kWholeWarp, value, distance));
     }
     return value;
 }

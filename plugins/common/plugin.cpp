@@ -6,6 +6,7 @@
 #include <exception>
 #include <stdexcept>
 
+#include "c_api/checks.h"
 #include "megalodon/megalodon.h"
 #include "megalodon/state_layout.h"
 
@@ -32,10 +33,13 @@ Result guarded(const char* plugin, Result failure, Body body) noexcept {
     return failure;
 }
 
-bool has_type(TensorKind kind, DataType type) {
+/// `first` is the type of the first input of that kind.
+bool has_type(TensorKind kind, DataType type, DataType first) {
     switch (kind) {
         case TensorKind::kActivation:
-            return dtype_of(type) >= 0;
+            return is_activation(dtype_of(type)) && type == first;
+        case TensorKind::kMemory:
+            return dtype_of(type) >= 0 && type == first;
         case TensorKind::kFloat32:
             return type == DataType::kFLOAT;
         case TensorKind::kInt64:
@@ -68,17 +72,18 @@ int dtype_of(DataType type) noexcept {
             return MGD_FLOAT16;
         case DataType::kBF16:
             return MGD_BFLOAT16;
+        case DataType::kFP8:
+            return MGD_FLOAT8_E4M3;
+        case DataType::kINT8:
+            return MGD_INT8;
         default:
             return -1;
     }
 }
 
 Sizes::Sizes(const std::vector<InputSpec>& specs, const PluginTensorDesc* inputs, int32_t num_inputs) {
-    if (num_inputs != static_cast<int32_t>(specs.size())) {
-        throw std::invalid_argument("has " + std::to_string(num_inputs) + " inputs, expected " +
-                                    std::to_string(specs.size()));
-    }
-    for (size_t i = 0; i < specs.size(); ++i) {
+    if (num_inputs > static_cast<int32_t>(specs.size())) throw std::invalid_argument("has too many inputs");
+    for (size_t i = 0; i < static_cast<size_t>(num_inputs); ++i) {
         const nvinfer1::Dims& dims = inputs[i].dims;
         if (dims.nbDims != static_cast<int32_t>(std::strlen(specs[i].dims))) {
             throw std::invalid_argument("input " + std::to_string(i) + " has " + std::to_string(dims.nbDims) +
@@ -101,6 +106,11 @@ void Sizes::bind(char letter, int64_t size, size_t input) {
     }
 }
 
+OperatorPlugin::OperatorPlugin(const char* name, Signature signature)
+    : name_(name),
+      signature_(std::move(signature)),
+      num_inputs_(static_cast<int32_t>(signature_.inputs.size()) - signature_.num_optional) {}
+
 nvinfer1::IPluginCapability* OperatorPlugin::getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept {
     switch (type) {
         case nvinfer1::PluginCapabilityType::kCORE:
@@ -118,13 +128,16 @@ const char* OperatorPlugin::getPluginVersion() const noexcept {
 }
 
 bool OperatorPlugin::has_counts(int32_t num_inputs, int32_t num_outputs) const noexcept {
-    return num_inputs == static_cast<int32_t>(inputs_.size()) && num_outputs == kNumOutputs;
+    const auto most = static_cast<int32_t>(signature_.inputs.size());
+    return (num_inputs == most || num_inputs == most - signature_.num_optional) && num_outputs == getNbOutputs();
 }
 
 int32_t OperatorPlugin::getOutputDataTypes(DataType* outputs, int32_t num_outputs, const DataType* inputs,
                                            int32_t num_inputs) const noexcept {
     if (!has_counts(num_inputs, num_outputs)) return kFailure;
-    std::copy_n(inputs, kNumOutputs, outputs);
+    for (int32_t i = 0; i < num_outputs; ++i) {
+        outputs[i] = inputs[signature_.outputs_like[i]];
+    }
     return 0;
 }
 
@@ -132,7 +145,9 @@ int32_t OperatorPlugin::getOutputShapes(const nvinfer1::DimsExprs* inputs, int32
                                         const nvinfer1::DimsExprs*, int32_t, nvinfer1::DimsExprs* outputs,
                                         int32_t num_outputs, nvinfer1::IExprBuilder&) noexcept {
     if (!has_counts(num_inputs, num_outputs)) return kFailure;
-    std::copy_n(inputs, kNumOutputs, outputs);
+    for (int32_t i = 0; i < num_outputs; ++i) {
+        outputs[i] = inputs[signature_.outputs_like[i]];
+    }
     return 0;
 }
 
@@ -141,30 +156,41 @@ bool OperatorPlugin::supportsFormatCombination(int32_t position, const nvinfer1:
     if (!has_counts(num_inputs, num_outputs) || position < 0 || position >= num_inputs + num_outputs) return false;
     const PluginTensorDesc& desc = tensors[position].desc;
     if (desc.format != nvinfer1::TensorFormat::kLINEAR) return false;
-    if (position < num_inputs) return has_type(inputs_[position].kind, desc.type);
-    return desc.type == tensors[position - num_inputs].desc.type;
+    if (position >= num_inputs) return desc.type == tensors[signature_.outputs_like[position - num_inputs]].desc.type;
+    const TensorKind kind = signature_.inputs[position].kind;
+    int32_t first = 0;
+    while (signature_.inputs[first].kind != kind) {
+        ++first;
+    }
+    if (kind == TensorKind::kMemory && is_activation(dtype_of(desc.type)) && desc.type != tensors[0].desc.type) {
+        return false;
+    }
+    return has_type(kind, desc.type, tensors[first].desc.type);
 }
 
 int32_t OperatorPlugin::configurePlugin(const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t num_inputs,
                                         const nvinfer1::DynamicPluginTensorDesc*, int32_t num_outputs) noexcept {
     return guarded(name_, kFailure, [&] {
         if (!has_counts(num_inputs, num_outputs)) throw std::invalid_argument("wrong number of inputs or outputs");
-        const Sizes sizes(inputs_, largest(inputs, num_inputs).data(), num_inputs);
+        const Sizes sizes(signature_.inputs, largest(inputs, num_inputs).data(), num_inputs);
         return 0;
     });
 }
 
 size_t OperatorPlugin::getWorkspaceSize(const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t num_inputs,
                                         const nvinfer1::DynamicPluginTensorDesc*, int32_t) const noexcept {
-    return guarded(name_, size_t{0},
-                   [&] { return workspace_bytes(Sizes(inputs_, largest(inputs, num_inputs).data(), num_inputs)); });
+    return guarded(name_, size_t{0}, [&] {
+        const auto descs = largest(inputs, num_inputs);
+        return workspace_bytes(Sizes(signature_.inputs, descs.data(), num_inputs));
+    });
 }
 
 int32_t OperatorPlugin::onShapeChange(const PluginTensorDesc* inputs, int32_t num_inputs, const PluginTensorDesc*,
                                       int32_t num_outputs) noexcept {
     return guarded(name_, kFailure, [&] {
         if (!has_counts(num_inputs, num_outputs)) throw std::invalid_argument("wrong number of inputs or outputs");
-        const Sizes sizes(inputs_, inputs, num_inputs);
+        const Sizes sizes(signature_.inputs, inputs, num_inputs);
+        num_inputs_ = num_inputs;
         return 0;
     });
 }
@@ -172,8 +198,8 @@ int32_t OperatorPlugin::onShapeChange(const PluginTensorDesc* inputs, int32_t nu
 int32_t OperatorPlugin::enqueue(const PluginTensorDesc* input_descs, const PluginTensorDesc*, const void* const* inputs,
                                 void* const* outputs, void* workspace, cudaStream_t stream) noexcept {
     return guarded(name_, kFailure, [&] {
-        const Sizes sizes(inputs_, input_descs, static_cast<int32_t>(inputs_.size()));
-        const int status = run(dtype_of(input_descs[0].type), sizes, inputs, outputs, workspace, stream);
+        const Sizes sizes(signature_.inputs, input_descs, num_inputs_);
+        const int status = run({sizes, input_descs, inputs, num_inputs_, outputs, workspace, stream});
         if (status != MGD_OK) throw std::runtime_error(mgd_status_string(status));
         return 0;
     });

@@ -1,7 +1,4 @@
-// What both operators' TensorRT plugins share: tensors described by a table, dimension checks, logging, serialisation.
-//
-// The operators have one signature shape: output 0 is like input 0 (the activations), output 1 like input 1 (the
-// state).
+// What the operators' TensorRT plugins share: tensors described by a table, dimension checks, logging, serialisation.
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -11,7 +8,9 @@
 
 namespace megalodon {
 
-enum class TensorKind { kActivation, kFloat32, kInt64 };
+/// Activations are all of one type, that of input 0. Key/value memory is all of one type: that of the activations, or
+/// one of 8 bits.
+enum class TensorKind { kActivation, kMemory, kFloat32, kInt64 };
 
 /// One input of an operator. `dims` has a letter per dimension; equal letters must have equal sizes within a call, a
 /// digit is that size itself, and '*' is any size.
@@ -20,11 +19,19 @@ struct InputSpec {
     const char* dims;
 };
 
+/// Inputs in the ONNX operator's order; each output has type and shape of the input that `outputs_like` names. The last
+/// `num_optional` inputs are there together or not at all.
+struct Signature {
+    std::vector<InputSpec> inputs;
+    std::vector<int32_t> outputs_like;
+    int32_t num_optional = 0;
+};
+
 /// Writes one line about a plugin to the standard error stream. TensorRT's own logger cannot be reached without linking
 /// TensorRT: the interface that hands it over differs between versions 10 and 11.
 void log_error(const char* plugin, const char* message) noexcept;
 
-/// The C interface's number for an activation type, -1 for any other type.
+/// The C interface's number for a type of activations or key/value memory, -1 for any other type.
 int dtype_of(nvinfer1::DataType type) noexcept;
 
 /// Bound sizes of a call by letter. Throws std::invalid_argument naming the input that does not fit.
@@ -39,12 +46,29 @@ class Sizes {
     static constexpr int64_t kUnbound = -1;
 };
 
+/// What a plugin hands to the C interface.
+struct EnqueueCall {
+    const Sizes& sizes;
+    const nvinfer1::PluginTensorDesc* descs;
+    const void* const* inputs;
+    int32_t num_inputs;
+    void* const* outputs;
+    void* workspace;
+    cudaStream_t stream;
+
+    int dtype(int32_t input) const { return dtype_of(descs[input].type); }
+    const float* float32(int32_t input) const {
+        return input < num_inputs ? static_cast<const float*>(inputs[input]) : nullptr;
+    }
+    const int64_t* int64(int32_t input) const { return static_cast<const int64_t*>(inputs[input]); }
+};
+
 class OperatorPlugin : public nvinfer1::IPluginV3,
                        public nvinfer1::IPluginV3OneCore,
                        public nvinfer1::IPluginV3OneBuild,
                        public nvinfer1::IPluginV3OneRuntime {
  public:
-    OperatorPlugin(const char* name, std::vector<InputSpec> inputs) : name_(name), inputs_(std::move(inputs)) {}
+    OperatorPlugin(const char* name, Signature signature);
 
     nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override;
 
@@ -52,7 +76,7 @@ class OperatorPlugin : public nvinfer1::IPluginV3,
     const char* getPluginVersion() const noexcept override;
     const char* getPluginNamespace() const noexcept override { return ""; }
 
-    int32_t getNbOutputs() const noexcept override { return kNumOutputs; }
+    int32_t getNbOutputs() const noexcept override { return static_cast<int32_t>(signature_.outputs_like.size()); }
     int32_t getOutputDataTypes(nvinfer1::DataType* outputs, int32_t num_outputs, const nvinfer1::DataType* inputs,
                                int32_t num_inputs) const noexcept override;
     int32_t getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t num_inputs, const nvinfer1::DimsExprs*, int32_t,
@@ -90,18 +114,17 @@ class OperatorPlugin : public nvinfer1::IPluginV3,
     virtual size_t workspace_bytes(const Sizes&) const { return 0; }
 
     /// Calls the C interface and returns its status.
-    virtual int run(int dtype, const Sizes& sizes, const void* const* inputs, void* const* outputs, void* workspace,
-                    cudaStream_t stream) const = 0;
+    virtual int run(const EnqueueCall& call) const = 0;
 
     /// The attributes, pointing into this object.
     virtual std::vector<nvinfer1::PluginField> fields() const { return {}; }
 
  private:
-    static constexpr int32_t kNumOutputs = 2;
     bool has_counts(int32_t num_inputs, int32_t num_outputs) const noexcept;
 
     const char* name_;
-    std::vector<InputSpec> inputs_;
+    Signature signature_;
+    int32_t num_inputs_;  // of this call; enqueue() is not told
     std::vector<nvinfer1::PluginField> serialized_;
     nvinfer1::PluginFieldCollection collection_{};
 };
@@ -131,6 +154,7 @@ class OperatorCreator : public nvinfer1::IPluginCreatorV3One {
 };
 
 /// The creators, one for each operator; they live as long as the library.
+OperatorCreator& chunk_attention_creator();
 OperatorCreator& complex_ema_creator();
 OperatorCreator& timestep_norm_creator();
 

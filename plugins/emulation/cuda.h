@@ -17,6 +17,7 @@
 #define __global__
 #define __device__
 #define __restrict__ __restrict
+#define __launch_bounds__(...)
 
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;

@@ -1,4 +1,4 @@
-// CUDA's 16-bit floating-point types on the CPU: storage, and conversion to and from float, rounding to nearest even.
+// CUDA's narrow floating-point types on the CPU: storage, and conversion to and from float, rounding to nearest even.
 #pragma once
 
 #include <cstdint>
@@ -57,4 +57,31 @@ inline __half __float2half(float value) {
     }
     const uint32_t bits = float_bits(magnitude) - (112u << 23);
     return {static_cast<uint16_t>(sign | (bits + 0xfff + (bits >> 13 & 1)) >> 13)};
+}
+
+/// 1 sign, 4 exponent and 3 mantissa bits: largest number 448, no infinity.
+struct __nv_fp8_e4m3 {
+    uint8_t __x;
+};
+
+enum __nv_fp8_interpretation_t { __NV_E4M3 };
+
+struct __half2_raw {
+    uint16_t x, y;
+};
+
+inline __half __ushort_as_half(uint16_t bits) {
+    return {bits};
+}
+
+/// Two numbers at once, the lower one in the lower byte; every one of them is a __half number.
+inline __half2_raw __nv_cvt_fp8x2_to_halfraw2(uint16_t pair, __nv_fp8_interpretation_t) {
+    using namespace megalodon::emulation;
+    const auto to_half = [](unsigned byte) -> uint16_t {
+        const unsigned sign = (byte & 0x80) << 8, magnitude = byte & 0x7f;
+        if (magnitude == 0x7f) return 0x7fff;
+        // In float's fields the exponent is too small by 127 - 7; subnormal numbers come out right as well.
+        return sign | __float2half(bits_float(magnitude << 20) * 0x1p120f).bits;
+    };
+    return {to_half(pair & 0xff), to_half(pair >> 8)};
 }

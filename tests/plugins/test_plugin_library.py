@@ -15,7 +15,7 @@ import pytest
 from megalodon_deploy.engine import library
 from megalodon_deploy.engine.toolchain import find_program
 from megalodon_deploy.errors import EngineError, MissingDependencyError
-from megalodon_deploy.state import COMPLEX_EMA, TIMESTEP_NORM
+from megalodon_deploy.state import CHUNK_ATTENTION, COMPLEX_EMA, TIMESTEP_NORM
 
 TARGETS = {75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121}
 FATBIN_MAGIC = 0xBA55ED50
@@ -49,6 +49,7 @@ def device_images(path: Path) -> set[tuple[int, int]]:
 
 def test_only_the_intended_names_are_exported(plugin_path: Path) -> None:
     functions = {"abi_version", "status_string", "complex_ema", "timestep_norm", "timestep_norm_workspace_bytes"}
+    functions |= {"chunk_attention", "chunk_attention_workspace_bytes", "append_rows"}
     assert exports(plugin_path) == {"getCreators", "setLoggerFinder"} | {f"mgd_{name}" for name in functions}
     assert exports(plugin_path.parent / library.REGISTER_FILE) == set()
 
@@ -148,7 +149,7 @@ registry = trt.get_plugin_registry()
 {load}
 print(*(f"{{creator.name}}/{{creator.plugin_version}}" for creator in registry.all_creators))
 """
-OURS = [f"{COMPLEX_EMA}/1", f"{TIMESTEP_NORM}/1"]
+OURS = [f"{name}/1" for name in (COMPLEX_EMA, TIMESTEP_NORM, CHUNK_ATTENTION)]
 
 
 def creators_after(load: str) -> list[str]:

@@ -1,7 +1,8 @@
-/* The C interface of libmegalodon: Megalodon's two recurrent operators on raw device pointers.
+/* The C interface of libmegalodon: Megalodon's operators on raw device pointers.
  *
  * Every tensor is dense and row-major. B rows (streams), T tokens of this call, D channels, N complex modes of a
- * channel, G normalisation groups of D / G channels. An activation has the type named by `dtype`; states, positions and
+ * channel, G normalisation groups of D / G channels, H attention heads with keys of dz and values of dv numbers, C
+ * tokens of a chunk, S rows of key/value memory. An activation has the type named by `dtype`; states, positions and
  * coefficients have the types written here whatever the activations are. State layouts: megalodon/state_layout.h.
  *
  * A row whose position is 0 starts a fresh stream: nothing of its past state is used, so NaN there has no effect.
@@ -28,19 +29,23 @@ extern "C" {
 #endif
 
 /* Raised by one whenever a function's meaning or arguments change. */
-#define MGD_ABI_VERSION 1
+#define MGD_ABI_VERSION 2
 
 /* Largest number of complex modes N of a channel. */
 #define MGD_MAX_MODES 256
 
-/* Type of the activations x and y. */
-enum mgd_dtype { MGD_FLOAT32 = 0, MGD_FLOAT16 = 1, MGD_BFLOAT16 = 2 };
+/* Largest widths dz and dv of a head. */
+#define MGD_MAX_KEY_WIDTH 256
+#define MGD_MAX_VALUE_WIDTH 2048
+
+/* Activations have one of the first three types; key/value memory any. MGD_FLOAT8_E4M3 has no infinity. */
+enum mgd_dtype { MGD_FLOAT32 = 0, MGD_FLOAT16 = 1, MGD_BFLOAT16 = 2, MGD_FLOAT8_E4M3 = 3, MGD_INT8 = 4 };
 
 /* What the functions return. MGD_CUDA_ERROR + n stands for the CUDA runtime's error n. */
 enum mgd_status {
     MGD_OK = 0,
     MGD_INVALID_ARGUMENT = 1, /* a size, type or pointer that no call can have */
-    MGD_UNSUPPORTED = 2,      /* a valid call beyond this library's limits: N > MGD_MAX_MODES, or 2^31 blocks */
+    MGD_UNSUPPORTED = 2,      /* a valid call beyond this library's limits: the MGD_MAX_* numbers, or 2^31 blocks */
     MGD_INTERNAL_ERROR = 3,   /* a bug in this library */
     MGD_CUDA_ERROR = 1000
 };
@@ -84,6 +89,52 @@ MGD_API size_t mgd_timestep_norm_workspace_bytes(int64_t B, int64_t T, int64_t G
 MGD_API int mgd_timestep_norm(int dtype, int64_t B, int64_t T, int64_t D, int64_t G, const void* x, const float* past,
                               const int64_t* position, const float* weight, const float* bias, float epsilon, void* y,
                               float* present, void* workspace, size_t workspace_bytes, void* stream);
+
+/* Bytes of device memory that mgd_chunk_attention needs as workspace; enough for any call of at most B rows, S rows of
+ * memory and dv columns. */
+MGD_API size_t mgd_chunk_attention_workspace_bytes(int64_t B, int64_t H, int64_t S, int64_t dv);
+
+/* ChunkAttention: each token attends to the rows of memory below position mod C and to the call's tokens up to itself.
+ * Scores are q.k without a further factor; softmax is float32. Other rows of memory are not read: they may hold
+ * anything. The call must stay inside a chunk: (position mod C) + T <= C.
+ *
+ * q, k            [B, H, T, dz]  dtype
+ * v               [B, H, T, dv]  dtype
+ * past_key        [B, H, S, dz]  past_dtype: that of the activations, MGD_FLOAT8_E4M3 or MGD_INT8
+ * past_value      [B, H, S, dv]  past_dtype
+ * position        [B]            int64, tokens that the row has consumed before this call
+ * past_key_scale  [B, H, S]      float32, by which a row is multiplied; NULL: 1
+ * past_value_scale [B, H, S]     float32; NULL: 1
+ * C               tokens of a chunk, at least 1
+ * out             [B, H, T, dv]  dtype, output; must not overlap an input
+ * workspace       device memory of at least mgd_chunk_attention_workspace_bytes, 16-byte aligned; contents are of no
+ *                 meaning. Needed for T = 1 only.
+ */
+MGD_API int mgd_chunk_attention(int dtype, int past_dtype, int64_t B, int64_t H, int64_t T, int64_t S, int64_t dz,
+                                int64_t dv, const void* q, const void* k, const void* v, const void* past_key,
+                                const void* past_value, const int64_t* position, const float* past_key_scale,
+                                const float* past_value_scale, int64_t C, void* out, void* workspace,
+                                size_t workspace_bytes, void* stream);
+
+/* One tensor for mgd_append_rows. A row is any `row_bytes` bytes: dz or dv numbers of any type, or one scale. */
+struct mgd_append {
+    const void* rows; /* [B, heads, T] rows */
+    void* memory;     /* [B, heads, S] rows; must not overlap `rows` */
+    int64_t heads;
+    int64_t row_bytes;
+};
+
+/* Writes the new rows of many tensors behind the rows that memory holds: token t goes to row (position mod C) + t. Rows
+ * from S on are dropped. One launch takes up to MGD_APPEND_TENSORS tensors; the table itself lies in host memory and is
+ * copied before the call returns, the positions are read on the device: a captured graph appends wherever they say.
+ *
+ * tensors   [count]  host memory
+ * position  [B]      int64, tokens that the row has consumed before the call that made the rows
+ * C         tokens of a chunk, at least 1
+ */
+#define MGD_APPEND_TENSORS 64
+MGD_API int mgd_append_rows(const struct mgd_append* tensors, int64_t count, int64_t B, int64_t T, int64_t S, int64_t C,
+                            const int64_t* position, void* stream);
 
 #ifdef __cplusplus
 }

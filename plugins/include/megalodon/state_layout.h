@@ -20,7 +20,9 @@ constexpr char kOperatorDomain[] = "megalodon";
 constexpr char kOperatorVersion[] = "1";
 constexpr char kComplexEma[] = "ComplexEMA";
 constexpr char kTimestepNorm[] = "TimestepNorm";
+constexpr char kChunkAttention[] = "ChunkAttention";
 constexpr char kEpsilon[] = "epsilon";
 constexpr float kDefaultEpsilon = 1e-05f;
+constexpr char kChunkSize[] = "chunk_size";
 
 }  // namespace megalodon

@@ -9,9 +9,9 @@ namespace {
 enum Input { kX, kPast, kPosition, kP, kQPowers, kGamma, kOmega };
 enum Output { kY, kPresent };
 
-std::vector<InputSpec> input_specs() {
+Signature signature() {
     static_assert(kComplexParts == 2, "the dimension strings say 2");
-    return {
+    std::vector<InputSpec> inputs = {
         {TensorKind::kActivation, "BTD"},  // x
         {TensorKind::kFloat32, "BDN2"},    // past_cema
         {TensorKind::kInt64, "B"},         // position
@@ -20,22 +20,22 @@ std::vector<InputSpec> input_specs() {
         {TensorKind::kFloat32, "DN2"},     // gamma
         {TensorKind::kFloat32, "D"},       // omega
     };
+    return {std::move(inputs), {kX, kPast}};
 }
 
 class ComplexEmaPlugin final : public OperatorPlugin {
  public:
-    ComplexEmaPlugin() : OperatorPlugin(kComplexEma, input_specs()) {}
+    ComplexEmaPlugin() : OperatorPlugin(kComplexEma, signature()) {}
 
     nvinfer1::IPluginV3* clone() noexcept override { return copy_of(*this); }
 
  protected:
-    int run(int dtype, const Sizes& sizes, const void* const* inputs, void* const* outputs, void*,
-            cudaStream_t stream) const override {
-        const auto float32 = [&](Input input) { return static_cast<const float*>(inputs[input]); };
-        return mgd_complex_ema(dtype, sizes['B'], sizes['T'], sizes['D'], sizes['N'], inputs[kX], float32(kPast),
-                               static_cast<const int64_t*>(inputs[kPosition]), float32(kP), float32(kQPowers),
-                               float32(kGamma), float32(kOmega), outputs[kY], static_cast<float*>(outputs[kPresent]),
-                               stream);
+    int run(const EnqueueCall& call) const override {
+        const Sizes& sizes = call.sizes;
+        return mgd_complex_ema(call.dtype(kX), sizes['B'], sizes['T'], sizes['D'], sizes['N'], call.inputs[kX],
+                               call.float32(kPast), call.int64(kPosition), call.float32(kP), call.float32(kQPowers),
+                               call.float32(kGamma), call.float32(kOmega), call.outputs[kY],
+                               static_cast<float*>(call.outputs[kPresent]), call.stream);
     }
 };
 

@@ -12,20 +12,21 @@ namespace {
 enum Input { kX, kPast, kPosition, kWeight, kBias };
 enum Output { kY, kPresent };
 
-std::vector<InputSpec> input_specs() {
+Signature signature() {
     static_assert(kNormParts == 4, "the dimension strings say 4");
-    return {
+    std::vector<InputSpec> inputs = {
         {TensorKind::kActivation, "BTD"},  // x
         {TensorKind::kFloat32, "BG4"},     // past_norm
         {TensorKind::kInt64, "B"},         // position
         {TensorKind::kFloat32, "D"},       // weight
         {TensorKind::kFloat32, "D"},       // bias
     };
+    return {std::move(inputs), {kX, kPast}};
 }
 
 class TimestepNormPlugin final : public OperatorPlugin {
  public:
-    explicit TimestepNormPlugin(float epsilon) : OperatorPlugin(kTimestepNorm, input_specs()), epsilon_(epsilon) {}
+    explicit TimestepNormPlugin(float epsilon) : OperatorPlugin(kTimestepNorm, signature()), epsilon_(epsilon) {}
 
     nvinfer1::IPluginV3* clone() noexcept override { return copy_of(*this); }
 
@@ -34,14 +35,13 @@ class TimestepNormPlugin final : public OperatorPlugin {
         return mgd_timestep_norm_workspace_bytes(sizes['B'], sizes['T'], sizes['G']);
     }
 
-    int run(int dtype, const Sizes& sizes, const void* const* inputs, void* const* outputs, void* workspace,
-            cudaStream_t stream) const override {
-        const auto float32 = [&](Input input) { return static_cast<const float*>(inputs[input]); };
+    int run(const EnqueueCall& call) const override {
+        const Sizes& sizes = call.sizes;
         // TensorRT has granted getWorkspaceSize's answer for the largest call of the profile, which no call exceeds.
-        return mgd_timestep_norm(dtype, sizes['B'], sizes['T'], sizes['D'], sizes['G'], inputs[kX], float32(kPast),
-                                 static_cast<const int64_t*>(inputs[kPosition]), float32(kWeight), float32(kBias),
-                                 epsilon_, outputs[kY], static_cast<float*>(outputs[kPresent]), workspace,
-                                 workspace_bytes(sizes), stream);
+        return mgd_timestep_norm(call.dtype(kX), sizes['B'], sizes['T'], sizes['D'], sizes['G'], call.inputs[kX],
+                                 call.float32(kPast), call.int64(kPosition), call.float32(kWeight), call.float32(kBias),
+                                 epsilon_, call.outputs[kY], static_cast<float*>(call.outputs[kPresent]),
+                                 call.workspace, workspace_bytes(sizes), call.stream);
     }
 
     std::vector<nvinfer1::PluginField> fields() const override {

@@ -26,6 +26,7 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "kv_dtype": manifest.precision if config.kv_dtype == "activation" else config.kv_dtype,
         "quantization": manifest.quantization.describe() if manifest.quantization else None,
         "logits": manifest.logits,
+        "attention": manifest.attention,
         "tokenizer": manifest.tokenizer.kind,
         "config": config.to_dict(),
         "num_parameters": num_parameters(config),
@@ -54,6 +55,7 @@ def inspection_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("", f"{format_bytes(state['without_key_value_rows'])} without; keys and values are {report['kv_dtype']}"),
         ("tokenizer", report["tokenizer"]),
         ("logits", f"{report['logits']} position" + ("s" if report["logits"] == "all" else "")),
+        ("attention", report["attention"]),
         *[
             ("engine", f"{engine['id']}: {format_bytes(engine['engine']['size_bytes'])}")
             for engine in report["engines"]

@@ -32,6 +32,13 @@ from megalodon_deploy.console import format_bytes, progress_bar
     type=click.Choice(["none", "int8", "int4", "fp8", "nvfp4"]),
     help="The output matrix; default: int8 beside 4-bit weights, else like them.",
 )
+@click.option(
+    "--attention",
+    type=click.Choice(["standard", "plugin"]),
+    default="standard",
+    show_default=True,
+    help="Standard operators, or one operator that our TensorRT plugin computes.",
+)
 @click.option("--name", help="Name of the model in the bundle; default: the directory's.")
 @click.option("--tokenizer", type=EXISTING, help="tokenizer.json or SentencePiece model; default: the checkpoint's.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")

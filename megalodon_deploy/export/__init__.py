@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megalodon_deploy.bundle import Bundle, LogitsMode, Precision
+from megalodon_deploy.bundle import AttentionMode, Bundle, LogitsMode, Precision
 from megalodon_deploy.config import KeyValueType
 from megalodon_deploy.errors import MissingDependencyError
 
@@ -32,6 +32,7 @@ def export_checkpoint(
     quantize: str | None = None,
     block_size: int | None = None,
     quantize_output: str | None = None,
+    attention: AttentionMode = "standard",
     name: str | None = None,
     tokenizer: str | Path | None = None,
     overwrite: bool = False,
@@ -48,13 +49,15 @@ def export_checkpoint(
         quantize: kind of the matrices' codes (`WeightKind`); default: matrices have the type of the activations.
         block_size: weights that share a scale along a column, 0 for all; default the kind's.
         quantize_output: the same for the output matrix, or "none"; default int8 beside 4 bits, else like the others.
+        attention: standard operators, or the operator ChunkAttention, for which engines have a plugin; its function
+            body lets every other executor run it.
         name: the model's name in the manifest; default the name of `out`.
         tokenizer: a `tokenizer.json` or SentencePiece file; default the checkpoint's own.
         overwrite: replace a bundle that is there. Anything else that is there is never replaced.
         progress: called with a stage and the fraction done.
 
     Raises:
-        UserError: an unknown precision or kind of logits, a tokenizer file that is not there.
+        UserError: an unknown precision, kind of logits or attention, a tokenizer file that is not there.
         CheckpointError: a checkpoint that is incomplete or damaged, or weights beyond the range of fp16.
         BundleError: `out` exists or cannot be written.
         MissingDependencyError: without the packages of the extra `export`.
@@ -69,6 +72,7 @@ def export_checkpoint(
         quantize=quantize,
         block_size=block_size,
         quantize_output=quantize_output,
+        attention=attention,
         name=name,
         tokenizer=Path(tokenizer) if tokenizer is not None else None,
         overwrite=overwrite,

@@ -11,11 +11,11 @@ import onnx_ir as ir
 
 from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.export.builder import GraphBuilder
+from megalodon_deploy.export.operators.chunk_attention import VisibleRows
 from megalodon_deploy.export.quantized_weights import emit_matrix, matrix_parts
 from megalodon_deploy.quantization import Quantization
 
 FLOAT = ir.DataType.FLOAT
-ALL_ROWS = "S + T"  # name of the axis over past and new rows
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,7 @@ class CallValues:
 
     position: ir.Value  # [B] int64
     rows: ir.Value  # [B, T] int64, position mod C of each token
-    mask: ir.Value  # [B, 1, T, S + T] bool: which past and new rows a token sees
-    row_counts: ir.Value  # [2] int64: S, T
+    visible: VisibleRows | None  # None where attention is an operator, which finds out by itself
     rope_cos: ir.Value  # [C, dz / 2] float32
     rope_sin: ir.Value
 

@@ -12,12 +12,13 @@ from typing import Protocol
 import numpy as np
 import onnx_ir as ir
 
-from megalodon_deploy.bundle import LogitsMode, Precision
+from megalodon_deploy.bundle import AttentionMode, LogitsMode, Precision
 from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.export.builder import IR_VERSION, OPSET, GraphBuilder
-from megalodon_deploy.export.context import ALL_ROWS, CallValues, Context
+from megalodon_deploy.export.context import CallValues, Context
 from megalodon_deploy.export.layers import emit_block, emit_timestep_norm
 from megalodon_deploy.export.operators import DOMAIN, DOMAIN_VERSION
+from megalodon_deploy.export.operators.chunk_attention import chunk_attention_function, emit_visible_rows
 from megalodon_deploy.export.operators.complex_ema import complex_ema_function
 from megalodon_deploy.export.operators.timestep_norm import timestep_norm_function
 from megalodon_deploy.export.quantized_weights import Part, matrix_parts
@@ -47,13 +48,14 @@ def build_model(
     precision: Precision = "fp32",
     logits: LogitsMode = "last",
     quantization: Quantization | None = None,
+    attention: AttentionMode = "standard",
 ) -> ir.Model:
     """The model with these weights."""
     activation = ACTIVATION[precision]
     initializers = _initializers(config, weights, activation, quantization)
     inputs = _inputs(config, activation)
     context = Context(config, activation, initializers, GraphBuilder(), quantization=quantization)
-    outputs = _emit(context, inputs, all_logits=logits == "all")
+    outputs = _emit(context, inputs, all_logits=logits == "all", attention=attention)
     _declare_outputs(config, activation, outputs, num_logits="T" if logits == "all" else 1)
     builder = context.builder
     graph = ir.Graph(
@@ -67,6 +69,7 @@ def build_model(
     functions = [
         complex_ema_function(config.chunk_size),
         timestep_norm_function(config.norm_num_groups, config.group_dim),
+        *([chunk_attention_function(scaled=config.kv_dtype != "activation")] if attention == "plugin" else []),
     ]
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="megalodon-deploy", functions=functions)
 
@@ -110,10 +113,12 @@ def _typed(name: str, dtype: ir.DataType, shape: tuple[Dim, ...]) -> ir.Value:
     return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
 
 
-def _emit(context: Context, inputs: dict[str, ir.Value], *, all_logits: bool) -> dict[str, ir.Value]:
+def _emit(
+    context: Context, inputs: dict[str, ir.Value], *, all_logits: bool, attention: AttentionMode
+) -> dict[str, ir.Value]:
     config, builder = context.config, context.builder
     with builder.scope("call"):
-        call = _call_values(context, inputs)
+        call = _call_values(context, inputs, attention)
     x_BTD = builder.op("Gather", context.weight("embed.weight"), inputs[TOKENS], axis=0, name="embed")
     if config.scale_emb:
         factor = context.to_activation(
@@ -148,7 +153,7 @@ def _logits(context: Context, x_BTD: ir.Value, *, all_logits: bool) -> ir.Value:
     return builder.op("Cast", product, to=FLOAT, name=LOGITS)
 
 
-def _call_values(context: Context, inputs: dict[str, ir.Value]) -> CallValues:
+def _call_values(context: Context, inputs: dict[str, ir.Value], attention: AttentionMode) -> CallValues:
     builder, config = context.builder, context.config
     position_B = inputs[POSITION]
     zero, one = builder.scalar(0, np.int64, "zero"), builder.scalar(1, np.int64, "one")
@@ -160,38 +165,10 @@ def _call_values(context: Context, inputs: dict[str, ir.Value]) -> CallValues:
         builder.op("Range", zero, builder.op("Squeeze", num_tokens), one, name="steps"), INT64, ["T"]
     )
     rows_BT = builder.op("Add", filled_B1, steps_T, name="rows")
-    capacity = builder.op("Shape", inputs["past_key.0"], start=2, end=3, name="capacity")
-    mask = _mask(context, inputs, filled_B1, num_tokens, capacity, steps_T)
-    row_counts = builder.op("Concat", capacity, num_tokens, axis=0, name="row_counts")
-    return CallValues(position_B, rows_BT, mask, row_counts, *_rope_tables(context))
-
-
-def _mask(
-    context: Context,
-    inputs: dict[str, ir.Value],
-    filled_B1: ir.Value,
-    num_tokens: ir.Value,
-    capacity: ir.Value,
-    steps_T: ir.Value,
-) -> ir.Value:
-    """[B, 1, T, S + T]: past rows below position mod C, and new rows up to the token's own."""
-    builder = context.builder
-    batch = builder.op("Shape", inputs[TOKENS], start=0, end=1, name="batch")
-    zero, one = builder.scalar(0, np.int64, "zero"), builder.scalar(1, np.int64, "one")
-    past_S = builder.typed(
-        builder.op("Range", zero, builder.op("Squeeze", capacity), one, name="past_rows"), INT64, ["S"]
-    )
-    filled_B111 = builder.op("Unsqueeze", filled_B1, builder.constant([2, 3], "axes_2_3"))
-    past_B11S = builder.op("Less", past_S, filled_B111, name="past_is_filled")
-    queries_T1 = builder.op("Unsqueeze", steps_T, builder.constant([1], "axis_1"))
-    causal_TT = builder.op("LessOrEqual", steps_T, queries_T1, name="is_causal")
-    one_row = builder.constant([1], "axis_1")
-    parts = []
-    for part, width, name in ((past_B11S, capacity, "past_mask"), (causal_TT, num_tokens, "new_mask")):
-        shape = builder.op("Concat", batch, one_row, num_tokens, width, axis=0)
-        parts.append(builder.op("Expand", part, shape, name=name))
-    mask = builder.op("Concat", *parts, axis=-1, name="mask")
-    return builder.typed(mask, ir.DataType.BOOL, ("B", 1, "T", ALL_ROWS))
+    visible = None
+    if attention == "standard":
+        visible = emit_visible_rows(builder, filled_B1, inputs[TOKENS], inputs["past_key.0"], time_axis=1)
+    return CallValues(position_B, rows_BT, visible, *_rope_tables(context))
 
 
 def _rope_tables(context: Context) -> tuple[ir.Value, ir.Value]:

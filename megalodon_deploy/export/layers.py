@@ -5,13 +5,21 @@ Letters as in `MegalodonConfig`, S past and T new rows of keys and values.
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
-from megalodon_deploy.export.context import ALL_ROWS, CallValues, Context
+from megalodon_deploy.export.context import CallValues, Context
 from megalodon_deploy.export.operators import DOMAIN
+from megalodon_deploy.export.operators.chunk_attention import (
+    ALL_ROWS,
+    Operands,
+    emit_parts,
+    emit_scores,
+    emit_softmax,
+    emit_sum,
+)
 from megalodon_deploy.export.quantized_rows import emit_dequantized_rows, emit_quantized_rows
 from megalodon_deploy.export.weights import merged_projection_sizes
+from megalodon_deploy.state import CHUNK_ATTENTION, CHUNK_SIZE
 
 State = dict[str, ir.Value]  # by name of the state table
 
@@ -91,41 +99,46 @@ def _emit_attention(
     query, key = _emit_query_key(context, call, f"layers.{layer}.mega", z_BTZ)
     heads = builder.constant([0, 0, config.num_heads, config.value_head_dim], "value_heads")
     value = builder.op("Transpose", builder.op("Reshape", v_BTE, heads), perm=[0, 2, 1, 3], name="value")
-    (key, past_key), kept_key = _keep_rows(context, layer, "key", key, inputs)
-    (value, past_value), kept_value = _keep_rows(context, layer, "value", value, inputs)
-    scores = [
-        builder.op("MatMul", query, builder.op("Transpose", rows, perm=[0, 1, 3, 2]), name=name)
-        for rows, name in ((past_key, "past_scores"), (key, "new_scores"))
-    ]
-    joined = builder.op("Concat", *scores, axis=-1, name="scores")
-    builder.typed(joined, context.activation, ("B", config.num_heads, "T", ALL_ROWS))
-    hidden = builder.scalar(-np.inf, np.float32, "minus_infinity")
-    masked = builder.op("Where", call.mask, context.to_float(joined, "scores"), hidden, name="masked_scores")
-    weights = context.to_activation(builder.op("Softmax", masked, axis=-1, name="weights"), "weights_cast")
-    past_weights, new_weights = builder.multi(
-        "Split", weights, call.row_counts, names=["past_weights", "new_weights"], axis=-1
-    )
-    for part, rows in ((past_weights, "S"), (new_weights, "T")):
-        builder.typed(part, context.activation, ("B", config.num_heads, "T", rows))
-    past_sum = builder.op("MatMul", past_weights, past_value, name="past_context")
-    total = builder.op("Add", past_sum, builder.op("MatMul", new_weights, value, name="new_context"))
+    key, kept_key = _keep_rows(context, layer, "key", key)
+    value, kept_value = _keep_rows(context, layer, "value", value)
+    total = _attend(context, call, layer, (query, key, value), inputs)
     joined_heads = builder.op("Transpose", total, perm=[0, 2, 1, 3])
     flat = builder.constant([0, 0, config.value_dim], "value_width")
     context_BTE = builder.op("Reshape", joined_heads, flat, name="context")
     return builder.typed(context_BTE, context.activation, ("B", "T", config.value_dim)), kept_key | kept_value
 
 
-def _keep_rows(
-    context: Context, layer: int, kind: str, new: ir.Value, inputs: State
-) -> tuple[tuple[ir.Value, ir.Value], State]:
-    """New and past rows as attention sees them, and the outputs that keep the new ones."""
-    past, kept = inputs[f"past_{kind}.{layer}"], f"new_{kind}.{layer}"
+def _keep_rows(context: Context, layer: int, kind: str, new: ir.Value) -> tuple[ir.Value, State]:
+    """New rows as attention sees them, and the outputs that keep them."""
+    kept = f"new_{kind}.{layer}"
     if context.config.kv_dtype == "activation":
-        return (new, past), {kept: new}
+        return new, {kept: new}
     codes, scale = emit_quantized_rows(context, new, kind)
-    seen = emit_dequantized_rows(context, codes, scale, kind)
-    past_seen = emit_dequantized_rows(context, past, inputs[f"past_{kind}_scale.{layer}"], f"past_{kind}")
-    return (seen, past_seen), {kept: codes, f"new_{kind}_scale.{layer}": scale}
+    return emit_dequantized_rows(context, codes, scale, kind), {kept: codes, f"new_{kind}_scale.{layer}": scale}
+
+
+def _attend(
+    context: Context, call: CallValues, layer: int, new: tuple[ir.Value, ir.Value, ir.Value], inputs: State
+) -> ir.Value:
+    """Attention [B, H, T, dv] of `new` queries, keys and values: one operator, or plain nodes for each layer."""
+    builder, config = context.builder, context.config
+    past = [inputs[f"past_{kind}.{layer}"] for kind in ("key", "value")]
+    scales = [inputs[name] for name in (f"past_{kind}_scale.{layer}" for kind in ("key", "value")) if name in inputs]
+    if call.visible is None:
+        values = [*new, *past, call.position, *scales]
+        attributes = {CHUNK_SIZE: config.chunk_size}
+        return builder.op(CHUNK_ATTENTION, *values, name="attended", domain=DOMAIN, **attributes)
+    if scales:
+        names = ["past_key", "past_value"]
+        past = [emit_dequantized_rows(context, *rows) for rows in zip(past, scales, names, strict=True)]
+    operands = Operands(*new, *past)
+    scores = emit_scores(builder, operands)
+    builder.typed(scores, context.activation, ("B", config.num_heads, "T", ALL_ROWS))
+    weights = emit_softmax(builder, context.to_float(scores, "scores"), call.visible)
+    parts = emit_parts(builder, context.to_activation(weights, "weights_cast"), call.visible)
+    for part, rows in zip(parts, ("S", "T"), strict=True):
+        builder.typed(part, context.activation, ("B", config.num_heads, "T", rows))
+    return emit_sum(builder, operands, parts)
 
 
 def _emit_query_key(context: Context, call: CallValues, prefix: str, z_BTZ: ir.Value) -> tuple[ir.Value, ir.Value]:

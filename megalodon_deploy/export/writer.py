@@ -18,6 +18,7 @@ from megalodon_deploy.bundle import (
     MANIFEST_FILE,
     MODEL_FILE,
     WEIGHTS_FILE,
+    AttentionMode,
     Bundle,
     FileEntry,
     LogitsMode,
@@ -53,6 +54,7 @@ class ExportOptions:
     quantize: str | None = None
     block_size: int | None = None
     quantize_output: str | None = None
+    attention: AttentionMode = "standard"
     name: str | None = None
     tokenizer: Path | None = None
     overwrite: bool = False
@@ -86,6 +88,7 @@ def _check_options(options: ExportOptions) -> None:
         ("precision", options.precision, get_args(Precision)),
         ("logits", options.logits, get_args(LogitsMode)),
         ("kv_dtype", options.kv_dtype, get_args(KeyValueType)),
+        ("attention", options.attention, get_args(AttentionMode)),
     ):
         if value not in known:
             raise UserError(f"{what} {value!r} cannot be exported; there are: {', '.join(known)}")
@@ -129,7 +132,14 @@ def _write_model(
     progress: Progress,
 ) -> None:
     stream = WeightStream(checkpoint)
-    model = build_model(config, stream, precision=options.precision, logits=options.logits, quantization=quantization)
+    model = build_model(
+        config,
+        stream,
+        precision=options.precision,
+        logits=options.logits,
+        quantization=quantization,
+        attention=options.attention,
+    )
 
     def show(tensor: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
         progress(f"writing {tensor.name}", _WEIGHTS_SHARE * info.index / info.total)
@@ -187,6 +197,7 @@ def _manifest(
         precision=options.precision,
         logits=options.logits,
         quantization=quantization,
+        attention=options.attention,
         tokenizer=tokenizer,
         files={file: FileEntry.of(directory / file) for file in files},
         tools={"megalodon-deploy": megalodon_deploy.__version__} | {tool: version(tool) for tool in _TOOLS},

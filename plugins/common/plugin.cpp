@@ -39,7 +39,7 @@ bool has_type(TensorKind kind, DataType type, DataType first) {
         case TensorKind::kActivation:
             return is_activation(dtype_of(type)) && type == first;
         case TensorKind::kMemory:
-            return dtype_of(type) >= 0 && type == first;
+            return (type == DataType::kFP8 || type == DataType::kINT8) && type == first;
         case TensorKind::kFloat32:
             return type == DataType::kFLOAT;
         case TensorKind::kInt64:
@@ -157,15 +157,16 @@ bool OperatorPlugin::supportsFormatCombination(int32_t position, const nvinfer1:
     const PluginTensorDesc& desc = tensors[position].desc;
     if (desc.format != nvinfer1::TensorFormat::kLINEAR) return false;
     if (position >= num_inputs) return desc.type == tensors[signature_.outputs_like[position - num_inputs]].desc.type;
-    const TensorKind kind = signature_.inputs[position].kind;
+    const auto kind_of = [&](int32_t input) {
+        const TensorKind kind = signature_.inputs[input].kind;
+        const bool is_scaled = num_inputs == static_cast<int32_t>(signature_.inputs.size());
+        return kind == TensorKind::kMemory && !is_scaled ? TensorKind::kActivation : kind;
+    };
     int32_t first = 0;
-    while (signature_.inputs[first].kind != kind) {
+    while (kind_of(first) != kind_of(position)) {
         ++first;
     }
-    if (kind == TensorKind::kMemory && is_activation(dtype_of(desc.type)) && desc.type != tensors[0].desc.type) {
-        return false;
-    }
-    return has_type(kind, desc.type, tensors[first].desc.type);
+    return has_type(kind_of(position), desc.type, tensors[first].desc.type);
 }
 
 int32_t OperatorPlugin::configurePlugin(const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t num_inputs,

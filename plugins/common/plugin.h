@@ -8,8 +8,8 @@
 
 namespace megalodon {
 
-/// Activations are all of one type, that of input 0. Key/value memory is all of one type: that of the activations, or
-/// one of 8 bits.
+/// Activations are all of one type, that of input 0. Key/value memory has their type as well; where the optional inputs
+/// are given, its scales, it has one of the two types of 8 bits.
 enum class TensorKind { kActivation, kMemory, kFloat32, kInt64 };
 
 /// One input of an operator. `dims` has a letter per dimension; equal letters must have equal sizes within a call, a

@@ -46,6 +46,20 @@ class Calls : public PluginTest {
         }
         return count;
     }
+    static int32_t first_of_kind(int32_t input) {
+        int32_t first = 0;
+        while (op().inputs[first].kind != op().inputs[input].kind) {
+            ++first;
+        }
+        return first;
+    }
+    /// Whether the first tensor of a kind may be of that type; the others must then be as well.
+    static bool is_possible(Kind kind, DataType type) {
+        const bool has_8_bits = kind == Kind::kInt8 || kind == Kind::kFloat8;
+        if (has_8_bits) return type == DataType::kINT8 || type == DataType::kFP8;
+        const bool is_activation = type == DataType::kFLOAT || type == DataType::kHALF || type == DataType::kBF16;
+        return kind == Kind::kActivation && is_activation;
+    }
     const std::vector<std::pair<int32_t, int32_t>> wrong_counts_ = {{num_inputs() - 1, num_outputs()},
                                                                     {num_inputs() + 1, num_outputs()},
                                                                     {num_inputs(), num_outputs() - 1},
@@ -117,8 +131,8 @@ TEST_P(Calls, EveryTensorHasItsOwnTypeAndTheLinearFormatAlone) {
             for (const DataType type : kTypes) {
                 auto descs = good;
                 descs[position].desc.type = type;
-                const bool is_free =
-                    position == 0 && (type == DataType::kFLOAT || type == DataType::kHALF || type == DataType::kBF16);
+                const bool is_first_of_kind = position < num_inputs() && first_of_kind(position) == position;
+                const bool is_free = is_first_of_kind && is_possible(op().inputs[position].kind, type);
                 EXPECT_EQ(supports(position, descs), is_free || type == good[position].desc.type)
                     << "tensor " << position << ", type " << static_cast<int>(type);
             }

@@ -84,8 +84,18 @@ std::map<std::string, double> serialized_fields(const PluginPointer& plugin) {
 }
 
 DataType type_of(Kind kind, DataType activation) {
-    if (kind == Kind::kActivation) return activation;
-    return kind == Kind::kInt64 ? DataType::kINT64 : DataType::kFLOAT;
+    switch (kind) {
+        case Kind::kActivation:
+            return activation;
+        case Kind::kInt64:
+            return DataType::kINT64;
+        case Kind::kInt8:
+            return DataType::kINT8;
+        case Kind::kFloat8:
+            return DataType::kFP8;
+        default:
+            return DataType::kFLOAT;
+    }
 }
 
 std::vector<PluginTensorDesc> describe(const Operator& op, DataType activation) {
@@ -127,6 +137,9 @@ float finite_number(size_t index, size_t tensor) {
 float nan_number(size_t, size_t) {
     return std::numeric_limits<float>::quiet_NaN();
 }
+int8_t small_number(size_t index, size_t tensor) {
+    return static_cast<int8_t>(index * (tensor + 2) % 0x70);  // also a finite number where it is taken for a float8
+}
 int64_t row_position(size_t index, size_t) {
     return static_cast<int64_t>(index * 9);  // the first row is fresh
 }
@@ -144,6 +157,8 @@ HostTensors::HostTensors(const Operator& op)
         }
         if (tensor.kind == Kind::kInt64) {
             fill<int64_t>(memory_[i], count, row_position, i);
+        } else if (tensor.kind == Kind::kInt8 || tensor.kind == Kind::kFloat8) {
+            fill<int8_t>(memory_[i], count, small_number, i);
         } else {
             fill<float>(memory_[i], count, is_input ? finite_number : nan_number, i);
         }
@@ -178,10 +193,12 @@ bool HostTensors::outputs_are_finite() const {
 int32_t enqueue(const PluginPointer& plugin, const Operator& op, HostTensors& tensors) {
     const auto descs = describe(op);
     const auto dynamic = describe_dynamic(descs);
-    const size_t num_inputs = op.inputs.size();
-    tensors.give_workspace(build_of(plugin).getWorkspaceSize(dynamic.data(), static_cast<int32_t>(num_inputs),
-                                                             dynamic.data() + num_inputs,
-                                                             static_cast<int32_t>(op.outputs.size())));
+    const auto num_inputs = static_cast<int32_t>(op.inputs.size()),
+               num_outputs = static_cast<int32_t>(op.outputs.size());
+    tensors.give_workspace(
+        build_of(plugin).getWorkspaceSize(dynamic.data(), num_inputs, dynamic.data() + num_inputs, num_outputs));
+    const PluginTensorDesc* outputs = descs.data() + num_inputs;
+    if (runtime_of(plugin).onShapeChange(descs.data(), num_inputs, outputs, num_outputs) != 0) return -1;
     return runtime_of(plugin).enqueue(descs.data(), descs.data() + num_inputs, tensors.call.inputs.data(),
                                       tensors.call.outputs.data(), tensors.call.workspace, nullptr);
 }

@@ -83,7 +83,7 @@ class HostTensors {
     std::vector<unsigned char> workspace_;
 };
 
-/// Calls enqueue() with the workspace that the plugin asks for; its status.
+/// Calls enqueue() as TensorRT does: after onShapeChange(), with the workspace that the plugin asks for; its status.
 int32_t enqueue(const PluginPointer& plugin, const Operator& op, HostTensors& tensors);
 
 }  // namespace megalodon::tests

@@ -20,6 +20,13 @@ constexpr Tensor int64(const char* dims) {
     return {Kind::kInt64, dims};
 }
 
+constexpr Tensor int8(const char* dims) {
+    return {Kind::kInt8, dims};
+}
+constexpr Tensor float8(const char* dims) {
+    return {Kind::kFloat8, dims};
+}
+
 /// The C function `Function` of a library; a missing one ends the program with dlsym's null pointer.
 template <typename Function>
 Function* find(void* library, const char* name) {
@@ -39,6 +46,32 @@ int call_timestep_norm(void* library, const Operator& op, const HostCall& call) 
         call.input<int64_t>(2), call.input<float>(3), call.input<float>(4),
         static_cast<float>(call.fields.at(kEpsilon)), call.outputs[0], call.output<float>(1), call.workspace,
         call.workspace_bytes, nullptr);
+}
+
+int call_chunk_attention(void* library, const Operator& op, const HostCall& call) {
+    const bool is_scaled = call.inputs.size() > 6;
+    const Kind past = op.inputs[3].kind;
+    const int past_type = past == Kind::kInt8 ? MGD_INT8 : past == Kind::kFloat8 ? MGD_FLOAT8_E4M3 : MGD_FLOAT32;
+    return find<decltype(mgd_chunk_attention)>(library, "mgd_chunk_attention")(
+        MGD_FLOAT32, past_type, op.size('B'), op.size('H'), op.size('T'), op.size('S'), op.size('K'), op.size('V'),
+        call.inputs[0], call.inputs[1], call.inputs[2], call.inputs[3], call.inputs[4], call.input<int64_t>(5),
+        is_scaled ? call.input<float>(6) : nullptr, is_scaled ? call.input<float>(7) : nullptr,
+        static_cast<int64_t>(call.fields.at(kChunkSize)), call.outputs[0], call.workspace, call.workspace_bytes,
+        nullptr);
+}
+
+/// Memory of the activations' type, or of `stored` with scales.
+Operator chunk_attention(const char* variant, Tensor (*stored)(const char*), int64_t T) {
+    Operator op{
+        kChunkAttention,
+        variant,
+        {activation("BHTK"), activation("BHTK"), activation("BHTV"), stored("BHSK"), stored("BHSV"), int64("B")},
+        {activation("BHTV")},
+        {{kChunkSize, false, NAN, 64, {0, -5}}},
+        {{'B', 3}, {'H', 2}, {'T', T}, {'S', 40}, {'K', 8}, {'V', 12}},
+        call_chunk_attention};
+    if (stored("").kind != Kind::kActivation) op.inputs.insert(op.inputs.end(), 2, float32("BHS"));
+    return op;
 }
 
 Operator complex_ema() {
@@ -65,7 +98,12 @@ Operator timestep_norm() {
 }  // namespace
 
 const std::vector<Operator>& operators() {
-    static const std::vector<Operator> all = {complex_ema(), timestep_norm()};
+    static const std::vector<Operator> all = {complex_ema(),
+                                              timestep_norm(),
+                                              chunk_attention("plain", activation, 17),
+                                              chunk_attention("oneToken", activation, 1),
+                                              chunk_attention("int8", int8, 17),
+                                              chunk_attention("float8", float8, 1)};
     return all;
 }
 

@@ -9,8 +9,9 @@
 
 namespace megalodon::tests {
 
-/// kActivation is float32, float16 or bfloat16, the same for all such tensors of a call; the first input is one.
-enum class Kind { kActivation, kFloat32, kInt64 };
+/// kActivation is float32, float16 or bfloat16, the same for all such tensors of a call; the first input is one. The
+/// tensors of 8 bits of a call may as well be of the other such type, all of them.
+enum class Kind { kActivation, kFloat32, kInt64, kInt8, kFloat8 };
 
 /// Equal letters are equal sizes, a digit is that size itself.
 struct Tensor {
@@ -18,7 +19,8 @@ struct Tensor {
     const char* dims;
 };
 
-/// An attribute with one value, int32 or float32. `good` is a valid value other than `standard`.
+/// An attribute with one value, int32 or float32. `good` is a valid value other than `standard`; where that is NaN, no
+/// plugin is made without the field.
 struct Field {
     const char* name;
     bool is_float;

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import assert_close, small_config
 
-from megalodon_deploy.bundle import Bundle, Precision
+from megalodon_deploy.bundle import AttentionMode, Bundle, Precision
 from megalodon_deploy.engine import build_engine, check_engine
 from megalodon_deploy.engine.child import _environment
 from megalodon_deploy.engine.graph import prepare_graph
@@ -32,10 +32,13 @@ Exported = Callable[..., Bundle]
 def exported(tmp_path: Path) -> Exported:
     """`exported("fp16", swiglu=True)`: a small model with random weights, as a bundle."""
 
-    def make(precision: Precision, *, logits: Any = "last", **overrides: Any) -> Bundle:
+    def make(
+        precision: Precision, *, logits: Any = "last", attention: AttentionMode = "standard", **overrides: Any
+    ) -> Bundle:
         torch.manual_seed(0)
-        save_checkpoint(Megalodon(small_config(**overrides)), tmp_path / "checkpoint")
-        return export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle", precision=precision, logits=logits)
+        checkpoint, bundle = tmp_path / "checkpoint", tmp_path / "bundle"
+        save_checkpoint(Megalodon(small_config(**overrides)), checkpoint)
+        return export_checkpoint(checkpoint, bundle, precision=precision, logits=logits, attention=attention)
 
     return make
 
@@ -71,6 +74,20 @@ def test_standard_operators_alone(exported: Exported, precision: Precision, over
     assert (info.plugins, info.num_plugin_layers) == ((), 0)
     assert info.norm_update == "float32"
     _check_weights_inside(bundle, check_engine(bundle, info))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_attention_as_a_plugin(exported: Exported, precision: Precision) -> None:
+    bundle = exported(precision, attention="plugin")
+    info = build_engine(bundle, sm=(80,), max_batch=2)
+    assert info.plugins == ("ChunkAttention", "ComplexEMA", "TimestepNorm")
+    assert info.num_plugin_layers == 3 * bundle.config.num_layers + 1
+    assert b"ChunkAttention" in check_engine(bundle, info).read_bytes()
+
+
+def test_attention_as_an_operator_without_plugins(exported: Exported) -> None:
+    info = build_engine(exported("fp16", attention="plugin"), sm=(80,), plugins=False)
+    assert (info.plugins, info.num_plugin_layers) == ((), 0)
 
 
 def test_turing(exported: Exported) -> None:

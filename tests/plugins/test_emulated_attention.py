@@ -172,6 +172,8 @@ def call_attention(kernels: KernelLibrary, **changes: Any) -> int:
     dtype, past = changes.get("dtype", 0), changes.get("past", changes.get("dtype", 0))
     numbers = [ctypes.c_int64(changes.get(name, size)) for name, size in sizes.items()]
     pointers = {name: ctypes.c_void_p(array.ctypes.data) for name, array in memory.items()}
+    if not changes.get("scaled"):
+        pointers |= {"past_key_scale": None, "past_value_scale": None}
     pointers |= {name: value for name, value in changes.items() if name in pointers}
     return int(
         kernels.library.mgd_chunk_attention(
@@ -190,7 +192,12 @@ def call_attention(kernels: KernelLibrary, **changes: Any) -> int:
 
 def test_attention_refuses_impossible_arguments(kernels: KernelLibrary) -> None:
     assert call_attention(kernels) == 0
-    assert call_attention(kernels, past_key_scale=None, past_value_scale=None) == 0
+    for past in (3, 4):
+        assert call_attention(kernels, past=past, scaled=True) == 0
+        for name in ("past_key_scale", "past_value_scale"):
+            assert call_attention(kernels, past=past, scaled=True, **{name: None}) == INVALID_ARGUMENT, name
+        assert call_attention(kernels, past=past) == INVALID_ARGUMENT
+    assert call_attention(kernels, scaled=True) == INVALID_ARGUMENT
     for name in ("q", "k", "v", "past_key", "past_value", "position", "out", "workspace"):
         assert call_attention(kernels, **{name: None}) == INVALID_ARGUMENT, name
     assert call_attention(kernels, S=0, past_key=None, past_value=None, workspace=None, bytes=0) == 0
@@ -214,7 +221,7 @@ def test_attention_refuses_types_that_do_not_fit(kernels: KernelLibrary) -> None
     for dtype in range(-1, 6):
         for past in PAST_NUMBERS.values():
             expected = 0 if (dtype, past) in allowed else INVALID_ARGUMENT
-            assert call_attention(kernels, dtype=dtype, past=past) == expected, (dtype, past)
+            assert call_attention(kernels, dtype=dtype, past=past, scaled=past > 2) == expected, (dtype, past)
 
 
 E4M3 = ml_dtypes.float8_e4m3fn

@@ -4,9 +4,12 @@
                omega [D]) -> y [B, T, D], present_cema [B, D, N, 2]
     TimestepNorm(x [B, T, D], past_norm [B, G, 4], position [B], weight [D], bias [D]; epsilon = 1e-5)
                -> y [B, T, D], present_norm [B, G, 4]
+    ChunkAttention(q [B, H, T, dz], k [B, H, T, dz], v [B, H, T, dv], past_key [B, H, S, dz], past_value [B, H, S, dv],
+               position [B], past_key_scale [B, H, S], past_value_scale [B, H, S]; chunk_size) -> out [B, H, T, dv]
 
-x and y have the activation type, position is int64, everything else float32. A TensorRT plugin of the same name takes
-the same inputs in the same order.
+x, y, q, k, v and out have the activation type, position is int64, everything else float32. Past keys and values have
+the activation type, or one of 8 bits: then they come with a scale for each row, two inputs that are otherwise absent. A
+TensorRT plugin of the same name takes the same inputs in the same order.
 """
 
 DOMAIN = "megalodon"

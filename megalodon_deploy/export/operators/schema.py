@@ -8,14 +8,16 @@ import onnx
 from onnx.defs import OpSchema
 
 from megalodon_deploy.export.operators import DOMAIN, DOMAIN_VERSION
+from megalodon_deploy.export.operators.chunk_attention import NAME as CHUNK_ATTENTION
 from megalodon_deploy.export.operators.complex_ema import NAME as COMPLEX_EMA
 from megalodon_deploy.export.operators.timestep_norm import DEFAULT_EPSILON
 from megalodon_deploy.export.operators.timestep_norm import NAME as TIMESTEP_NORM
+from megalodon_deploy.state import CHUNK_SIZE
 
-# Inputs in order: (name, type, dimensions). The first two give the outputs' types and shapes. A dimension is a letter
-# of `MegalodonConfig` or a number; equal letters are equal sizes.
+# Inputs in order: (name, type, dimensions). A dimension is a letter of `MegalodonConfig`, the width of a head or a
+# number; equal letters are equal sizes.
 Signature = tuple[tuple[str, str, tuple[str | int, ...]], ...]
-ACTIVATION, FLOAT, INT64 = "A", "tensor(float)", "tensor(int64)"
+ACTIVATION, MEMORY, FLOAT, INT64 = "A", "M", "tensor(float)", "tensor(int64)"
 
 SIGNATURES: Mapping[str, Signature] = {
     COMPLEX_EMA: (
@@ -34,9 +36,29 @@ SIGNATURES: Mapping[str, Signature] = {
         ("weight", FLOAT, ("D",)),
         ("bias", FLOAT, ("D",)),
     ),
+    CHUNK_ATTENTION: (
+        ("q", ACTIVATION, ("B", "H", "T", "dz")),
+        ("k", ACTIVATION, ("B", "H", "T", "dz")),
+        ("v", ACTIVATION, ("B", "H", "T", "dv")),
+        ("past_key", MEMORY, ("B", "H", "S", "dz")),
+        ("past_value", MEMORY, ("B", "H", "S", "dv")),
+        ("position", INT64, ("B",)),
+        ("past_key_scale", FLOAT, ("B", "H", "S")),
+        ("past_value_scale", FLOAT, ("B", "H", "S")),
+    ),
 }
-_OUTPUTS = {COMPLEX_EMA: ("y", "present_cema"), TIMESTEP_NORM: ("y", "present_norm")}
+_NUM_OPTIONAL = {CHUNK_ATTENTION: 2}  # of the last inputs
+# Outputs in order: (name, index of the input whose type and shape it has).
+_OUTPUTS = {
+    COMPLEX_EMA: (("y", 0), ("present_cema", 1)),
+    TIMESTEP_NORM: (("y", 0), ("present_norm", 1)),
+    CHUNK_ATTENTION: (("out", 2),),
+}
 _ACTIVATIONS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+_CONSTRAINTS = {
+    ACTIVATION: (_ACTIVATIONS, "the model's activation type"),
+    MEMORY: ([*_ACTIVATIONS, "tensor(float8e4m3fn)", "tensor(int8)"], "the type of key/value memory"),
+}
 
 
 def register_schemas() -> None:
@@ -46,32 +68,47 @@ def register_schemas() -> None:
             onnx.defs.register_schema(_schema(name))
 
 
+def _attributes(name: str) -> list[OpSchema.Attribute]:
+    if name == TIMESTEP_NORM:
+        default = onnx.helper.make_attribute("epsilon", DEFAULT_EPSILON)
+        return [OpSchema.Attribute("epsilon", default, "added to variances")]
+    if name == CHUNK_ATTENTION:
+        return [OpSchema.Attribute(CHUNK_SIZE, OpSchema.AttrType.INT, "tokens of a chunk", required=True)]
+    return []
+
+
 def _schema(name: str) -> OpSchema:
     signature = SIGNATURES[name]
-    types = (signature[0][1], signature[1][1])
-    epsilon = OpSchema.Attribute(
-        "epsilon", onnx.helper.make_attribute("epsilon", DEFAULT_EPSILON), "added to variances"
-    )
+    num_required = len(signature) - _NUM_OPTIONAL.get(name, 0)
+    options = OpSchema.FormalParameterOption
+    inputs = [
+        OpSchema.FormalParameter(
+            parameter, kind, param_option=options.Single if index < num_required else options.Optional
+        )
+        for index, (parameter, kind, _) in enumerate(signature)
+    ]
+    used = [kind for kind in _CONSTRAINTS if any(kind == other for _, other, _ in signature)]
     schema = OpSchema(
         name,
         DOMAIN,
         DOMAIN_VERSION,
-        inputs=[OpSchema.FormalParameter(parameter, kind) for parameter, kind, _ in signature],
-        outputs=[OpSchema.FormalParameter(*output) for output in zip(_OUTPUTS[name], types, strict=True)],
-        type_constraints=[(ACTIVATION, _ACTIVATIONS, "the model's activation type")],
-        attributes=[epsilon] if name == TIMESTEP_NORM else [],
+        inputs=inputs,
+        outputs=[OpSchema.FormalParameter(output, signature[like][1]) for output, like in _OUTPUTS[name]],
+        type_constraints=[(kind, *_CONSTRAINTS[kind]) for kind in used],
+        attributes=_attributes(name),
     )
-    schema.set_type_and_shape_inference_function(_inference(signature))
+    schema.set_type_and_shape_inference_function(_inference(name))
     return schema
 
 
-def _inference(signature: Signature) -> Callable[[onnx.shape_inference.InferenceContext], None]:
+def _inference(name: str) -> Callable[[onnx.shape_inference.InferenceContext], None]:
     def infer(context: onnx.shape_inference.InferenceContext) -> None:
         sizes: dict[str | int, int] = {}
-        for index, (parameter, _, dims) in enumerate(signature):
+        for index in range(context.get_num_inputs()):
+            parameter, _, dims = SIGNATURES[name][index]
             _check(context.get_input_type(index), parameter, dims, sizes)
-        for index in range(2):
-            context.set_output_type(index, context.get_input_type(index))
+        for index, (_, like) in enumerate(_OUTPUTS[name]):
+            context.set_output_type(index, context.get_input_type(like))
 
     return infer
 

@@ -103,8 +103,8 @@ MGD_API size_t mgd_chunk_attention_workspace_bytes(int64_t B, int64_t H, int64_t
  * past_key        [B, H, S, dz]  past_dtype: that of the activations, MGD_FLOAT8_E4M3 or MGD_INT8
  * past_value      [B, H, S, dv]  past_dtype
  * position        [B]            int64, tokens that the row has consumed before this call
- * past_key_scale  [B, H, S]      float32, by which a row is multiplied; NULL: 1
- * past_value_scale [B, H, S]     float32; NULL: 1
+ * past_key_scale, past_value_scale [B, H, S] float32, by which a row of memory is multiplied; NULL for memory of the
+ *                 activations' type, and never for the others
  * C               tokens of a chunk, at least 1
  * out             [B, H, T, dv]  dtype, output; must not overlap an input
  * workspace       device memory of at least mgd_chunk_attention_workspace_bytes, 16-byte aligned; contents are of no

@@ -18,8 +18,8 @@ struct ChunkAttentionCall {
     const void* past_key;
     const void* past_value;
     const int64_t* position;
-    const float* past_key_scale;    // null: 1
-    const float* past_value_scale;  // null: 1
+    const float* past_key_scale;  // both null where memory has the activations' type
+    const float* past_value_scale;
     void* out;
     void* workspace;
 };

@@ -1,4 +1,3 @@
-#include <new>
 #include <stdexcept>
 
 #include "common/plugin.h"
@@ -31,7 +30,7 @@ class ChunkAttentionPlugin final : public OperatorPlugin {
     explicit ChunkAttentionPlugin(int32_t chunk_size)
         : OperatorPlugin(kChunkAttention, signature()), chunk_size_(chunk_size) {}
 
-    nvinfer1::IPluginV3* clone() noexcept override { return new (std::nothrow) ChunkAttentionPlugin(*this); }
+    nvinfer1::IPluginV3* clone() noexcept override { return copy_of(*this); }
 
  protected:
     size_t workspace_bytes(const Sizes& sizes) const override {

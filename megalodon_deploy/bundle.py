@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -97,12 +97,25 @@ class Manifest:
         forms = (chosen.weights, chosen.output) if chosen else ()
         return {form.kind for form in forms if form is not None}
 
+    @property
+    def model_fingerprint(self) -> str:
+        """sha256 over configuration and checkpoint: which model this is, whatever it was exported to.
+
+        Equal for all precisions and row types; that of the bundle alone when its checkpoint is not known.
+        """
+        checkpoint = self.source.get("fingerprint")
+        if checkpoint is None:
+            return self.fingerprint
+        identity = {"config": replace(self.config, kv_dtype="activation").to_dict(), "checkpoint": checkpoint}
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
     def to_json(self) -> str:
         document = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "name": self.name,
             "fingerprint": self.fingerprint,
+            "model_fingerprint": self.model_fingerprint,
             "config": self.config.to_dict(),
             "precision": self.precision,
             "logits": self.logits,

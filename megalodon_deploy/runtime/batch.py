@@ -16,7 +16,7 @@ import numpy as np
 from megalodon_deploy.errors import StateError, UserError
 from megalodon_deploy.runtime.device_array import DeviceArray
 from megalodon_deploy.runtime.sampling import SamplingParams
-from megalodon_deploy.runtime.saved_stream import SavedStream, check_fingerprint, read_saved_stream
+from megalodon_deploy.runtime.saved_stream import SavedStream, check_origin, read_saved_stream
 from megalodon_deploy.runtime.stream import Stream, check_tokens
 
 if TYPE_CHECKING:
@@ -194,8 +194,8 @@ class StreamBatch:
         return stream.slot
 
     def _saved(self, resume: str | Path | SavedStream) -> SavedStream:
-        fingerprint = self.session.bundle.manifest.fingerprint
+        manifest = self.session.bundle.manifest
         if isinstance(resume, SavedStream):
-            check_fingerprint(resume.fingerprint, fingerprint, "snapshot")
+            check_origin((resume.fingerprint, resume.model_fingerprint), manifest, "snapshot")
             return resume
-        return read_saved_stream(Path(resume), fingerprint, self.session.config)
+        return read_saved_stream(Path(resume), manifest)

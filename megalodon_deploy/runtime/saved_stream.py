@@ -14,24 +14,30 @@ A safetensors file; letters as in `megalodon_deploy.state`, P = position mod C:
 | `generator` | [2] seed and number of draws of `sampling.Generator`; [0] before the first draw | uint64 |
 
 Keys and values are float32, float16 or bfloat16; quantised ones are int8, or the bits of fp8 e4m3 as uint8.
-The metadata are `format`, `format_version` and `bundle_fingerprint`. The fingerprint is that of one bundle (config,
-precision, weights), so a file resumes on every backend of that bundle, but not in another export of the checkpoint:
-there the same tokens would have led to another state.
+The metadata are `format`, `format_version`, `bundle_fingerprint` and `model_fingerprint`. A file resumes on every
+backend of the bundle that it came from, and in every other export of the same checkpoint: keys and values are cast, or
+quantised, to that bundle's type, and the text goes on as that export computes it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import ml_dtypes
 import numpy as np
 
 from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.errors import StateError
 from megalodon_deploy.files import atomic_file
+from megalodon_deploy.runtime.row_types import convert_rows, type_of_rows
 from megalodon_deploy.runtime.sampling import HISTORY_TOKENS, Generator
 from megalodon_deploy.state import LOGITS, POSITION, concrete_shape, state_specs
+
+if TYPE_CHECKING:
+    from megalodon_deploy.bundle import Manifest
 
 FORMAT = "megalodon-stream"
 FORMAT_VERSION = "1"
@@ -49,6 +55,7 @@ class SavedStream:
     """Everything that a stream is, apart from the bundle it belongs to."""
 
     fingerprint: str  # of the bundle
+    model_fingerprint: str = ""  # of the checkpoint behind it, "" when it is not known
     position: int
     tensors: Mapping[str, np.ndarray]  # state of one row, by `past_*` name
     recent: tuple[int, ...]
@@ -70,28 +77,33 @@ class SavedStream:
             LOGITS: np.zeros(0, np.float32) if self.logits is None else self.logits,
             GENERATOR: np.array(draws, np.uint64),
         }
-        metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "bundle_fingerprint": self.fingerprint}
+        metadata = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "bundle_fingerprint": self.fingerprint,
+            "model_fingerprint": self.model_fingerprint,
+        }
         with atomic_file(path) as temporary:
             save_file({name: _storable(array) for name, array in tensors.items()}, temporary, metadata)
 
     def tensors_as(self, activation: np.dtype, config: MegalodonConfig) -> dict[str, np.ndarray]:
-        """The tensors with key and value rows cast to a backend's dtype. Raises `StateError` on overflow."""
-        tensors = dict(self.tensors)
+        """The tensors with key and value rows in a backend's type. Raises `StateError` on overflow."""
+        tensors = convert_rows(self.tensors, config, activation)
         for spec in state_specs(config):
-            if spec.is_activation:
-                with np.errstate(over="ignore"):
-                    tensors[spec.past] = tensors[spec.past].astype(activation)
-                _check_finite(tensors[spec.past], f"resumed stream: {spec.past} in {activation}")
+            if spec.is_rows:
+                _check_finite(tensors[spec.past], f"resumed stream: {spec.past} in {tensors[spec.past].dtype}")
         return tensors
 
 
-def read_saved_stream(path: Path, fingerprint: str, config: MegalodonConfig) -> SavedStream:
-    """Read a file for the bundle with this fingerprint. Raises `StateError` naming file, tensor, found and expected."""
+def read_saved_stream(path: Path, manifest: Manifest) -> SavedStream:
+    """Read a file for a bundle. Raises `StateError` naming file, tensor, found and expected."""
     tensors, metadata = _load(path)
     for key, expected in (("format", FORMAT), ("format_version", FORMAT_VERSION)):
         if metadata.get(key) != expected:
             raise StateError(f"{path}: {key} is {metadata.get(key)!r}, expected {expected!r}; save the stream again")
-    check_fingerprint(metadata.get("bundle_fingerprint", ""), fingerprint, str(path))
+    config = manifest.config
+    origin = (metadata.get("bundle_fingerprint", ""), metadata.get("model_fingerprint", ""))
+    check_origin(origin, manifest, str(path))
     position = int(_integers(tensors, POSITION, path, np.int64, lengths=(1,))[0])
     recent = _integers(tensors, RECENT_TOKENS, path, np.int64, lengths=range(HISTORY_TOKENS + 1))
     pending = _integers(tensors, PENDING_TOKENS, path, np.int64, lengths=(0, 1))
@@ -100,9 +112,10 @@ def read_saved_stream(path: Path, fingerprint: str, config: MegalodonConfig) -> 
         raise StateError(f"{path}: tensor {LOGITS} is missing; save the stream again")
     logits = tensors.pop(LOGITS)
     saved = SavedStream(
-        fingerprint=fingerprint,
+        fingerprint=origin[0],
+        model_fingerprint=origin[1],
         position=position,
-        tensors=_from_bits(tensors, config),
+        tensors=_from_bits(tensors),
         recent=tuple(map(int, recent)),
         pending=tuple(map(int, pending)),
         logits=logits if logits.size else None,
@@ -112,16 +125,21 @@ def read_saved_stream(path: Path, fingerprint: str, config: MegalodonConfig) -> 
     return saved
 
 
-def check_fingerprint(found: str, expected: str, where: str) -> None:
-    if found != expected:
-        raise StateError(
-            f"{where}: the stream comes from bundle {found[:12] or 'unknown'}, this bundle is {expected[:12]}; "
-            "resume it with the bundle that it came from"
-        )
+def check_origin(origin: tuple[str, str], manifest: Manifest, where: str) -> None:
+    """Raise `StateError` unless the bundle or the model that a stream comes from (fingerprints) is this one."""
+    bundle, model = origin
+    if bundle == manifest.fingerprint or (model and model == manifest.model_fingerprint):
+        return
+    raise StateError(
+        f"{where}: the stream comes from bundle {bundle[:12] or 'unknown'} of another checkpoint, this bundle is "
+        f"{manifest.fingerprint[:12]}; resume it with an export of the checkpoint that it came from"
+    )
 
 
 def check(saved: SavedStream, config: MegalodonConfig, where: str) -> None:
-    """Raise `StateError`, starting with `where`, unless the content is a stream of a model with this config."""
+    """Raise `StateError`, starting with `where`, unless the content is a stream of a model with this config, whatever
+    the type of its rows."""
+    config = replace(config, kv_dtype=type_of_rows(saved.tensors))
     if saved.position < 0:
         raise StateError(f"{where}: position is {saved.position}, expected 0 or more")
     for token in (*saved.recent, *saved.pending):
@@ -162,12 +180,12 @@ def _storable(array: np.ndarray) -> np.ndarray:
     return array.view(np.uint8) if array.dtype.name == _FP8 else array
 
 
-def _from_bits(tensors: dict[str, np.ndarray], config: MegalodonConfig) -> dict[str, np.ndarray]:
-    for spec in state_specs(config):
-        array = tensors.get(spec.past)
-        if spec.dtype == "fp8" and array is not None and array.dtype == np.uint8:
-            tensors[spec.past] = array.view(spec.numpy_dtype(_UNUSED))
-    return tensors
+def _from_bits(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The reverse: no tensor of the state is made of bytes."""
+    return {
+        name: array.view(ml_dtypes.float8_e4m3fn) if array.dtype == np.uint8 else array
+        for name, array in tensors.items()
+    }
 
 
 def _check_finite(array: np.ndarray, what: str) -> None:

@@ -97,6 +97,7 @@ class Stream:
             tensors = zero_state(self._session.config, batch=1, capacity=0, activation=self._session.activation)
         return SavedStream(
             fingerprint=self._session.bundle.manifest.fingerprint,
+            model_fingerprint=self._session.bundle.manifest.model_fingerprint,
             position=self.position,
             tensors=tensors,
             recent=tuple(self.history),

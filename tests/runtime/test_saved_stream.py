@@ -58,8 +58,13 @@ def test_the_file_holds_one_row_and_only_the_open_rows(session: Session, saved_p
     assert tensors.pop("generator").tolist() == [9, 3]
     assert tensors.pop("logits").shape == (0,)
     assert not tensors
-    fingerprint = session.bundle.manifest.fingerprint
-    expected = {"format": "megalodon-stream", "format_version": "1", "bundle_fingerprint": fingerprint}
+    manifest = session.bundle.manifest
+    expected = {
+        "format": "megalodon-stream",
+        "format_version": "1",
+        "bundle_fingerprint": manifest.fingerprint,
+        "model_fingerprint": manifest.model_fingerprint,
+    }
     assert read_metadata(saved_path) == expected
 
 
@@ -200,7 +205,7 @@ def test_a_damaged_file_is_refused_in_one_line(session: Session, saved_path: Pat
     ("key", "value"), [("format", "other"), ("format_version", "2"), ("bundle_fingerprint", "0" * 64), (None, None)]
 )
 def test_wrong_metadata_are_refused(session: Session, saved_path: Path, key: str | None, value: str | None) -> None:
-    metadata = read_metadata(saved_path) | {key: value} if key else None
+    metadata = read_metadata(saved_path) | {key: value, "model_fingerprint": ""} if key else None
     save_file(load_file(saved_path), saved_path, metadata)
     refused(session, saved_path, value[:12] if value and key != "format_version" else "format")
 

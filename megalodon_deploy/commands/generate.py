@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from megalodon_deploy.commands.common import BACKEND, EXISTING, OUTPUT, bundle_argument
+from megalodon_deploy.commands.common import BACKEND, EXISTING, OUTPUT, bundle_argument, device_option
 from megalodon_deploy.console import format_bytes
 from megalodon_deploy.files import atomic_file
 
@@ -31,6 +31,7 @@ from megalodon_deploy.files import atomic_file
 @click.option("--stop", "stop_strings", multiple=True, help="Text to end before; repeatable.")
 @click.option("--backend", type=BACKEND, default="onnxruntime", show_default=True)
 @click.option("--threads", type=int)
+@device_option
 @click.option("--stats", is_flag=True, help="Print speed and memory on stderr at the end.")
 @click.option("--stats-json", type=OUTPUT, help="Write speed and memory here.")
 def generate(
@@ -42,6 +43,7 @@ def generate(
     stop_strings: tuple[str, ...],
     backend: str,
     threads: int | None,
+    device: str | None,
     stats: bool,
     stats_json: Path | None,
     **sampling: Any,
@@ -54,7 +56,7 @@ def generate(
     if not {"temperature", "top_k", "top_p", "min_p", "seed"} & set(given):
         given["temperature"] = 0.0
     params = SamplingParams(**given)
-    stream = open_bundle(bundle_path).session(backend, threads=threads).stream(resume=resume)
+    stream = open_bundle(bundle_path).session(backend, threads=threads, device=device).stream(resume=resume)
     text = sys.stdin.read() if prompt == "-" else prompt or ""
     for piece in stream.generate(text, max_new_tokens=max_new_tokens, sampling=params, stop_strings=stop_strings):
         click.echo(piece.text, nl=False)

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from runtime.fake_gpu import FakeCudaExecutor
+from runtime.fake_tensorrt import engine_info
 
 from megalodon_deploy.bundle import WEIGHTS_FILE, Bundle
 from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.errors import UserError
 from megalodon_deploy.parameters import num_parameters
 from megalodon_deploy.runtime.bench import bench_bundle, state_bytes_per_token, weight_bytes_per_token
+from megalodon_deploy.runtime.bench.run import _Readers
+from megalodon_deploy.runtime.bench.stock_tools import command_lines
+from megalodon_deploy.runtime.bench.sweeps import BatchSweep
+from megalodon_deploy.runtime.session import Session
 
 MakeBundle = Callable[..., Bundle]
 SMALL: dict[str, Any] = {"decode_tokens": 7, "prompt_tokens": 5, "rounds": 2, "threads": 1, "read_bytes": 1 << 20}
@@ -65,3 +73,66 @@ def test_a_token_reads_the_rows_of_its_open_chunk() -> None:
 def test_counts_are_checked(make_bundle: MakeBundle, name: str) -> None:
     with pytest.raises(UserError, match=f"{name} = 0"):
         bench_bundle(make_bundle(), **(SMALL | {name: 0}))
+
+
+def test_sweeps_cover_batches_and_positions_at_one_place_in_the_chunk(make_bundle: MakeBundle) -> None:
+    bundle = make_bundle()
+    chunk_size = bundle.config.chunk_size
+    report = bench_bundle(bundle, compare="torch", batches=[4, 1], positions=[5, 1000, 1_000_000], **SMALL)
+    for times in report.times:
+        assert [batch.batch for batch in times.by_batch] == [1, 4]
+        for batch in times.by_batch:
+            assert batch.tokens_per_second == pytest.approx(batch.batch / batch.median_ms * 1e3)
+        places = [position.position for position in times.by_position]
+        assert len(places) == 3
+        assert {place % chunk_size for place in places} == {5}
+        assert all(abs(place - asked) < chunk_size for place, asked in zip(places, [5, 1000, 1_000_000], strict=True))
+        assert all(0 < position.median_ms <= position.p95_ms for position in times.by_position)
+        assert times.state_bytes_per_stream == bundle.session(times.backend).state_bytes
+    assert report.stock_tools == []
+    for options, message in (({"batches": [0]}, "num_slots = 0"), ({"positions": [0]}, "positions")):
+        with pytest.raises(UserError, match=message):
+            bench_bundle(bundle, **SMALL, **options)
+
+
+@pytest.mark.parametrize("name", ["plot.svg", "plot.png"])
+def test_a_plot_shows_what_was_measured(make_bundle: MakeBundle, tmp_path: Path, name: str) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    from megalodon_deploy.runtime.bench.plot import write_plot
+
+    report = bench_bundle(make_bundle(), batches=[1, 2], positions=[5, 1000], **SMALL)
+    write_plot(report, tmp_path / name)
+    content = (tmp_path / name).read_bytes()
+    assert content.startswith(b"<?xml" if name.endswith("svg") else b"\x89PNG")
+    assert len(content) > 10_000
+    with pytest.raises(UserError, match="gif"):
+        write_plot(report, tmp_path / "plot.gif")
+
+
+def test_a_gpu_is_measured_with_its_own_memory(make_bundle: MakeBundle) -> None:
+    bundle = make_bundle()
+    gpu_session = Session(bundle, FakeCudaExecutor(bundle))
+    reader = _Readers(1 << 16, 1 << 12, 1).of(gpu_session)
+    reader.measure()
+    assert len(reader.large) == len(reader.again) == 1
+    assert reader.large[0] > 0
+    sweep = BatchSweep(gpu_session, [1, 2, 16])
+    sweep.measure(2)
+    assert [times.batch for times in sweep.times()] == [1, 2], "the engine was built for 8 streams"
+
+
+def test_stock_tools_get_the_shapes_of_a_step(make_bundle: MakeBundle) -> None:
+    bundle = make_bundle()
+    info = engine_info(bundle, max_batch=4)
+    trtexec, polygraphy = command_lines(Path("dir with space/model.engine"), info, Path("lib/libmegalodon.so"))
+    assert shlex.split(trtexec)[0] == "tensorrt_rtx"
+    assert "--dynamicPlugins=lib/libmegalodon.so" in shlex.split(trtexec)
+    assert "--loadEngine=dir with space/model.engine" in shlex.split(trtexec)
+    assert "tokens:1x1,position:1,past_key.0:1x2x12x8" in trtexec
+    words = shlex.split(polygraphy)
+    assert words[:3] == ["POLYGRAPHY_USE_TENSORRT_RTX=1", "polygraphy", "run"]
+    assert "past_key.0:[1,2,12,8]" in words
+    assert "lib/libmegalodon_register.so" in words
+    plain = command_lines(Path("e"), engine_info(bundle, flavour="tensorrt", plugins=()), Path("l"))
+    assert plain[0].startswith("trtexec ")
+    assert "lugins" not in "".join(plain)

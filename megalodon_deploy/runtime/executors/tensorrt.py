@@ -41,8 +41,8 @@ class TensorRTExecutor:
         self.returns_all_logits = bundle.manifest.logits == "all"
         self.gpu = gpu
         self.info = choose_engine(bundle, list_engines(bundle), Place(flavour, trt.__version__, gpu.capability))
-        path = check_engine(bundle, self.info)
-        library = find_plugin_library()
+        self.engine_path = path = check_engine(bundle, self.info)
+        self.library = library = find_plugin_library()
         check_abi(library)
         self.kernels = Kernels(library)
         with gpu.current():

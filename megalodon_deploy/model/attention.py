@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from megalodon_deploy.model.operators import chunk_attention
+
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """(q [B,H,T,d], k [B,H,T,d], v [B,H,T,e], past_key [B,H,S,d], past_value [B,H,S,e]) -> [B,H,T,e]."""
 
@@ -70,24 +72,12 @@ def _attend_chunks(q: Tensor, k: Tensor, v: Tensor, chunk_size: int) -> Tensor:
 
 
 def _attend_past(
-    q: Tensor, k: Tensor, v: Tensor, past_key: Tensor, past_value: Tensor, masked_BS: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, past_key: Tensor, past_value: Tensor, position: Tensor, chunk_size: int
 ) -> Tensor:
-    """Attention to held rows and to the call's own tokens, without copying the held rows.
-
-    Where `masked_BS` [B, S] is true a held row has no effect, whatever it contains.
-    """
-    num_held, num_tokens = past_key.shape[2], k.shape[2]
-    held = q @ past_key.transpose(-1, -2)
-    own = q @ k.transpose(-1, -2)
-    if masked_BS is not None:
-        held = held.masked_fill(masked_BS[:, None, None], float("-inf"))
-        past_value = past_value.masked_fill(masked_BS[:, None, :, None], 0)
-    if num_tokens > 1:
-        later = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=q.device).triu(1)
-        own = own.masked_fill(later, float("-inf"))
-    scores = torch.cat([held, own], -1)
-    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
-    return weights[..., :num_held] @ past_value + weights[..., num_held:] @ v
+    """Attention of a call inside one chunk. Autocast gives q, k and v different types: all take that of v."""
+    q, k, past_key, past_value = (x.to(v.dtype) for x in (q, k, past_key, past_value))
+    attended: Tensor = chunk_attention(q, k, v, past_key, past_value, position, chunk_size)
+    return attended
 
 
 @dataclass(frozen=True)
@@ -95,47 +85,68 @@ class SameOffset:
     """All rows are `offset` tokens into their chunk; the call may cross any number of chunk edges."""
 
     offset: int
+    position: Tensor  # [B] int64
     chunk_size: int
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, past_key: Tensor, past_value: Tensor) -> Tensor:
         if self.offset == 0:
             return _attend_chunks(q, k, v, self.chunk_size)
-        past_key, past_value = past_key[:, :, : self.offset], past_value[:, :, : self.offset]
         head = self.chunk_size - self.offset
+        own = q[:, :, :head], k[:, :, :head], v[:, :, :head]
+        first = _attend_past(*own, past_key, past_value, self.position, self.chunk_size)
         if q.shape[2] <= head:
-            return _attend_past(q, k, v, past_key, past_value)
-        first = _attend_past(q[:, :, :head], k[:, :, :head], v[:, :, :head], past_key, past_value)
+            return first
         rest = _attend_chunks(q[:, :, head:], k[:, :, head:], v[:, :, head:], self.chunk_size)
         return torch.cat([first, rest], 2)
 
 
 @dataclass(frozen=True)
 class OneChunk:
-    """Every row stays inside its chunk: (position mod C) + T <= C. Offsets live on the device: [B] int64."""
+    """Every row stays inside its chunk: (position mod C) + T <= C. Positions [B] int64 live on the device."""
 
-    offset: Tensor
+    position: Tensor
+    chunk_size: int
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, past_key: Tensor, past_value: Tensor) -> Tensor:
-        held = torch.arange(past_key.shape[2], device=q.device)
-        return _attend_past(q, k, v, past_key, past_value, held >= self.offset.unsqueeze(-1))
+        return _attend_past(q, k, v, past_key, past_value, self.position, self.chunk_size)
 
 
 @dataclass(frozen=True)
-class RowByRow:
-    """Rows that cross chunk edges at different tokens, one after the other."""
+class OnTheGrid:
+    """Rows that cross chunk edges at different tokens.
 
-    rows: tuple[SameOffset, ...]
+    Each row is laid out from the begin of its open chunk: past rows, then the call's. All chunks of all rows are then
+    one batch; queries that stand where past rows do are zeros, and nobody reads what comes of them.
+    """
+
+    offset: Tensor  # [B] int64, position mod C
+    num_chunks: int  # that the call touches, of any row
+    chunk_size: int
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, past_key: Tensor, past_value: Tensor) -> Tensor:
-        tensors = (q, k, v, past_key, past_value)
-        return torch.cat([attend(*(x[i : i + 1] for x in tensors)) for i, attend in enumerate(self.rows)])
+        place_BT = self.offset.unsqueeze(-1) + torch.arange(q.shape[2], device=q.device)
+
+        def rows_at(x: Tensor) -> Tensor:
+            return place_BT[:, None, :, None].expand_as(x)
+
+        def lay(past: Tensor, new: Tensor) -> Tensor:
+            beyond_BS = torch.arange(past.shape[2], device=q.device) >= self.offset.unsqueeze(-1)
+            visible = past.to(new.dtype).masked_fill(beyond_BS[:, None, :, None], 0)
+            room = self.num_chunks * self.chunk_size - past.shape[2]
+            return functional.pad(visible, (0, 0, 0, room)).scatter(2, rows_at(new), new)
+
+        queries = lay(q[:, :, :0], q)
+        attended = _attend_chunks(queries, lay(past_key, k), lay(past_value, v), self.chunk_size)
+        return attended.gather(2, rows_at(v))
 
 
 def plan_attention(positions: Sequence[int], num_tokens: int, chunk_size: int, device: torch.device) -> Attend:
     """How to attend in a call of `num_tokens` whose rows have consumed `positions` tokens."""
     offsets = [position % chunk_size for position in positions]
+    offset_B = torch.tensor(offsets, device=device)
     if len(set(offsets)) == 1:
-        return SameOffset(offsets[0], chunk_size)
-    if max(offsets) + num_tokens <= chunk_size:
-        return OneChunk(torch.tensor(offsets, device=device))
-    return RowByRow(tuple(SameOffset(offset, chunk_size) for offset in offsets))
+        return SameOffset(offsets[0], offset_B, chunk_size)
+    end = max(offsets) + num_tokens
+    return (
+        OneChunk(offset_B, chunk_size) if end <= chunk_size else OnTheGrid(offset_B, -(-end // chunk_size), chunk_size)
+    )

@@ -116,7 +116,7 @@ class Megalodon(nn.Module):
         Returns:
             Logits [B, T, V], and new key/value rows and present tensors by the output names of `state.state_specs`.
         """
-        attend = OneChunk(position_B % self.config.chunk_size)
+        attend = OneChunk(position_B, self.config.chunk_size)
         x_BTD, present = self._run(tokens_BT, position_B, past, attend)
         return self.logits(x_BTD), {_output_name(name): tensor for name, tensor in present.items()}
 

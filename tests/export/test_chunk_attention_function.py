@@ -31,6 +31,7 @@ from megalodon_deploy.export.operators import DOMAIN, DOMAIN_VERSION
 from megalodon_deploy.export.operators.chunk_attention import chunk_attention_function
 from megalodon_deploy.export.operators.schema import SIGNATURES, register_schemas
 from megalodon_deploy.export.precision import write_widened
+from megalodon_deploy.verify import verify_bundle
 
 CONFIG = small_config(chunk_size=70)
 SIZES = [
@@ -161,6 +162,19 @@ def test_calls_agree(
     found = run_onnx(plugin, feeds)
     assert_outputs_close(found, run_torch(ckpt, feeds), 5e-6)
     assert_outputs_close(found, run_onnx(standard, feeds), 5e-6)
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_quantised_memory_goes_into_the_operator(tmp_path: Path, kv_dtype: Any) -> None:
+    """Codes and scales are its inputs; verification runs both bundles against PyTorch, token by token and in calls."""
+    ckpt = write_seeded(tmp_path / "ckpt", CONFIG)
+    bundle = export_checkpoint(ckpt, tmp_path / "bundle", attention="plugin", kv_dtype=kv_dtype)
+    model = onnx.load(bundle.model_path, load_external_data=False)
+    node = next(node for node in model.graph.node if node.op_type == "ChunkAttention")
+    names = ["past_key.0", "past_value.0", "position", "past_key_scale.0", "past_value_scale.0"]
+    assert list(node.input)[3:] == names
+    report = verify_bundle(bundle)
+    assert report.passed, report
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

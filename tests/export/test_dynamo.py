@@ -1,6 +1,6 @@
 """An independent export: torch.export and torch.onnx trace the PyTorch model, and both graphs must agree.
 
-Tracing knows nothing of our graph emitter or weight folding; only the two operators are translated, to the same ONNX
+Tracing knows nothing of our graph emitter or weight folding; only the operators are translated, to the same ONNX
 functions.
 """
 
@@ -24,6 +24,7 @@ from megalodon_deploy.bundle import open_bundle
 from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.export.builder import IR_VERSION, OPSET
 from megalodon_deploy.export.operators import DOMAIN, DOMAIN_VERSION
+from megalodon_deploy.export.operators.chunk_attention import chunk_attention_function
 from megalodon_deploy.export.operators.complex_ema import complex_ema_function
 from megalodon_deploy.export.operators.timestep_norm import timestep_norm_function
 from megalodon_deploy.model.checkpoint import load_checkpoint
@@ -65,8 +66,15 @@ def translations(num_powers: int) -> dict[Any, Any]:
     def timestep_norm(x: Any, past: Any, position: Any, weight: Any, bias: Any, eps: float) -> Any:
         return ours.TimestepNorm(x, past, position, weight, bias, epsilon=eps, _outputs=2)
 
+    def chunk_attention(q: Any, k: Any, v: Any, past_key: Any, past_value: Any, position: Any, chunk_size: int) -> Any:
+        return ours.ChunkAttention(q, k, v, past_key, past_value, position, chunk_size=chunk_size)
+
     operators = torch.ops.megalodon
-    return {operators.complex_ema.default: complex_ema, operators.timestep_norm.default: timestep_norm}
+    return {
+        operators.complex_ema.default: complex_ema,
+        operators.timestep_norm.default: timestep_norm,
+        operators.chunk_attention.default: chunk_attention,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +112,7 @@ def traced(root: Path, config: MegalodonConfig) -> onnxruntime.InferenceSession:
     functions = [
         complex_ema_function(config.chunk_size),
         timestep_norm_function(config.norm_num_groups, config.group_dim),
+        chunk_attention_function(),
     ]
     model.functions.update({function.identifier(): function for function in functions})
     for value, name in zip(model.graph.inputs, [TOKENS, POSITION, *(spec.past for spec in specs)], strict=True):

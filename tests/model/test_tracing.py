@@ -82,6 +82,7 @@ def test_export_sees_each_operator_as_one_node() -> None:
     calls = Counter(str(node.target) for node in program.graph.nodes if node.op == "call_function")
     assert calls["megalodon.complex_ema.default"] == CONFIG.num_layers
     assert calls["megalodon.timestep_norm.default"] == CONFIG.num_layers + 1
+    assert calls["megalodon.chunk_attention.default"] == CONFIG.num_layers
     tokens = random_tokens(CONFIG, 3, 6, seed=5)
     position, past = garbage_memory(model, 11)
     with torch.no_grad():

@@ -15,6 +15,7 @@ from megalodon_deploy import __version__
 from megalodon_deploy.commands.bench import bench
 from megalodon_deploy.commands.build import build
 from megalodon_deploy.commands.doctor import doctor
+from megalodon_deploy.commands.eval import evaluate
 from megalodon_deploy.commands.export import export
 from megalodon_deploy.commands.generate import generate
 from megalodon_deploy.commands.inspect import inspect
@@ -29,7 +30,7 @@ def cli() -> None:
     """From a Megalodon checkpoint to a verified, streaming engine."""
 
 
-for command in (train, export, build, verify, generate, bench, inspect, doctor):
+for command in (train, evaluate, export, build, verify, generate, bench, inspect, doctor):
     cli.add_command(command)
 
 

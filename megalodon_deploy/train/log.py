@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,22 @@ CSV_FILE, PLOT_FILE = "log.csv", "loss.svg"
 
 def check_packages(log: LogConfig) -> None:
     """Raises `MissingDependencyError` before any work, for what the run would miss later."""
-    for wanted, package in ((log.plot, "matplotlib"), (log.tensorboard, "tensorboard")):
-        if wanted and importlib.util.find_spec(package) is None:
-            name = "plot" if package == "matplotlib" else package
-            raise MissingDependencyError(
-                f"log.{name} needs the package {package}: pip install 'megalodon-deploy[plots]', or log.{name}=false"
-            )
+    if log.plot:
+        check_matplotlib("log.plot")
+    if log.tensorboard:
+        _check_package("tensorboard", "log.tensorboard")
+
+
+def check_matplotlib(setting: str) -> None:
+    """Raises `MissingDependencyError` naming the setting that needs it."""
+    _check_package("matplotlib", setting)
+
+
+def _check_package(package: str, setting: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise MissingDependencyError(
+            f"{setting} needs the package {package}: pip install 'megalodon-deploy[plots]', or leave it out"
+        )
 
 
 class RunLog:
@@ -99,18 +110,25 @@ def read_log(path: Path) -> list[dict[str, str]]:
 
 def draw_losses(rows: Sequence[Mapping[str, str]], target: Path) -> None:
     """Loss against step as a picture, of the format that the name tells."""
+    with pyplot_figure(target) as axes:
+        styles: dict[str, dict[str, Any]] = {"loss": {"alpha": 0.6, "linewidth": 1}, "held_out_loss": {"marker": "o"}}
+        for column, style in styles.items():
+            points = [(int(row["step"]), float(row[column])) for row in rows if row[column]]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=column.replace("_", " "), **style)
+        axes.set(xlabel="step", ylabel="nats per token")
+
+
+@contextmanager
+def pyplot_figure(target: Path) -> Iterator[Any]:
+    """Yield matplotlib's axes and save them with a grid and a legend, whole or not at all."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    styles: dict[str, dict[str, Any]] = {"loss": {"alpha": 0.6, "linewidth": 1}, "held_out_loss": {"marker": "o"}}
-    for column, style in styles.items():
-        points = [(int(row["step"]), float(row[column])) for row in rows if row[column]]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=column.replace("_", " "), **style)
-    axes.set(xlabel="step", ylabel="nats per token")
+    yield axes
     axes.grid(alpha=0.3)
     axes.legend()
     with atomic_file(target) as path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,6 +13,7 @@ from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.export.builder import GraphBuilder
 from megalodon_deploy.export.operators.chunk_attention import VisibleRows
 from megalodon_deploy.export.quantized_weights import emit_matrix, matrix_parts
+from megalodon_deploy.model.half_precision import HEADROOM
 from megalodon_deploy.quantization import Quantization
 
 FLOAT = ir.DataType.FLOAT
@@ -77,9 +78,20 @@ class Context:
     def to_activation(self, x: ir.Value, name: str) -> ir.Value:
         return self.builder.op("Cast", x, name=name, to=self.activation) if self.is_half else x
 
-    def in_float(self, x: ir.Value, name: str, emit: Callable[[ir.Value], ir.Value]) -> ir.Value:
-        """`emit` in float32, whatever the activation type."""
-        return self.to_activation(emit(self.to_float(x, name)), f"{name}_cast")
+    def with_headroom(self, x: ir.Value, name: str) -> ir.Value:
+        """A factor of a product that may leave the range of fp16, made smaller: see `half_precision`."""
+        if self.activation != ir.DataType.FLOAT16:
+            return x
+        factor = self.builder.constant(np.array(HEADROOM, np.float16), "headroom")
+        return self.builder.op("Mul", x, factor, name=f"{name}_headroom")
+
+    def to_residual(self, x: ir.Value, name: str) -> ir.Value:
+        """What a matrix made of such a product, in float32 and in its true size."""
+        wide = self.to_float(x, name)
+        if self.activation != ir.DataType.FLOAT16:
+            return wide
+        factor = self.builder.scalar(1 / HEADROOM, np.float32, "headroom_undone")
+        return self.builder.op("Mul", wide, factor, name=f"{name}_unscaled")
 
     def norm_scale(self, prefix: str, dim: int) -> ir.Value:
         """The scale of a norm; ones where it has none."""

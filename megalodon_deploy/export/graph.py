@@ -1,7 +1,8 @@
 """The one graph of a model, for prefill and decode: inputs and outputs are those of `megalodon_deploy.state`.
 
 Letters as in `MegalodonConfig`. Emitted node by node from the configuration; scopes follow the names of the
-checkpoint's tensors. In half precision, norms, rotary embedding and softmax run in float32 between casts.
+checkpoint's tensors. In half precision, the residual stream, norms, CEMA, rotary embedding and softmax stay float32:
+see `megalodon_deploy.model.half_precision`.
 """
 
 from __future__ import annotations
@@ -120,10 +121,9 @@ def _emit(
     with builder.scope("call"):
         call = _call_values(context, inputs, attention)
     x_BTD = builder.op("Gather", context.weight("embed.weight"), inputs[TOKENS], axis=0, name="embed")
+    x_BTD = context.to_float(x_BTD, "embed")
     if config.scale_emb:
-        factor = context.to_activation(
-            builder.scalar(math.sqrt(config.model_dim), np.float32, "embed_scale"), "embed_scale"
-        )
+        factor = builder.scalar(math.sqrt(config.model_dim), np.float32, "embed_scale")
         x_BTD = builder.op("Mul", x_BTD, factor, name="embed_scaled")
     outputs: dict[str, ir.Value] = {}
     for layer in range(config.num_layers):
@@ -144,7 +144,8 @@ def _logits(context: Context, x_BTD: ir.Value, *, all_logits: bool) -> ir.Value:
     if not all_logits:
         bounds = [builder.constant([n], name) for n, name in ((-1, "last"), (1 << 62, "end"), (1, "one"))]
         x_BTD = builder.op("Slice", x_BTD, *bounds, name="last_token")
-        builder.typed(x_BTD, context.activation, ("B", 1, config.model_dim))
+        builder.typed(x_BTD, FLOAT, ("B", 1, config.model_dim))
+    x_BTD = context.to_activation(x_BTD, "last_token_cast")
     if config.share_emb:
         matrix = builder.op("Transpose", context.weight("embed.weight"), perm=[1, 0], name="embed_transposed")
     else:

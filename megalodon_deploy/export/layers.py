@@ -50,7 +50,7 @@ def emit_timestep_norm(
         domain=DOMAIN,
         epsilon=context.config.norm_eps,
     )
-    return context.builder.typed(y_BTD, context.activation, ("B", "T", context.config.model_dim)), present
+    return context.builder.typed(y_BTD, ir.DataType.FLOAT, ("B", "T", context.config.model_dim)), present
 
 
 def _emit_cema(
@@ -60,7 +60,7 @@ def _emit_cema(
     y_BTD, present = context.builder.multi(
         "ComplexEMA", x_BTD, past, call.position, *coefficients, names=["cema", "cema_present"], domain=DOMAIN
     )
-    return context.builder.typed(y_BTD, context.activation, ("B", "T", context.config.model_dim)), present
+    return context.builder.typed(y_BTD, ir.DataType.FLOAT, ("B", "T", context.config.model_dim)), present
 
 
 def _emit_attention_part(
@@ -71,12 +71,9 @@ def _emit_attention_part(
     u_BTD, norm = emit_timestep_norm(context, call, f"{prefix}.timenorm", x_BTD, inputs[f"past_norm.{layer}"])
     average_BTD, cema = _emit_cema(context, call, f"{prefix}.cema", u_BTD, inputs[f"past_cema.{layer}"])
     scale = context.norm_scale(f"{prefix}.rmsnorm", config.model_dim)
-    m_BTD = context.in_float(
-        average_BTD,
-        "rmsnorm",
-        lambda x: builder.op("RMSNormalization", x, scale, axis=-1, epsilon=config.norm_eps, name="rmsnorm"),
-    )
-    v_BTE = context.silu(context.linear(u_BTD, f"{prefix}.wv", "wv"), "v")
+    normal = builder.op("RMSNormalization", average_BTD, scale, axis=-1, epsilon=config.norm_eps, name="rmsnorm")
+    m_BTD = context.to_activation(normal, "rmsnorm_cast")
+    v_BTE = context.silu(context.linear(context.to_activation(u_BTD, "timenorm_cast"), f"{prefix}.wv", "wv"), "v")
     merged = context.linear(m_BTD, f"{prefix}.wz_wr_wh1", "wz_wr_wh1")
     sizes = merged_projection_sizes(config)
     z_BTZ, r_BTE, h1_BTD = builder.multi(
@@ -84,8 +81,10 @@ def _emit_attention_part(
     )
     with builder.scope("attention"):
         context_BTE, rows = _emit_attention(context, call, layer, z_BTZ, v_BTE, inputs)
-    gated_BTE = builder.op("Mul", context_BTE, context.silu(r_BTE, "gate"), name="gated")
-    h2_BTD = context.linear(gated_BTE, f"{prefix}.wh2", "wh2")
+    gate_BTE = context.with_headroom(context.silu(r_BTE, "gate"), "gate")
+    gated_BTE = builder.op("Mul", context_BTE, gate_BTE, name="gated")
+    h1_BTD = context.to_float(h1_BTD, "wh1")
+    h2_BTD = context.to_residual(context.linear(gated_BTE, f"{prefix}.wh2", "wh2"), "wh2")
     # One Sum: ONNX Runtime would fuse an Add with the LayerNormalization behind it into an operator ten times slower.
     hop_BTD = builder.op("Sum", x_BTD, h1_BTD, h2_BTD, name="hop")
     return hop_BTD, {**rows, f"present_cema.{layer}": cema, f"present_norm.{layer}": norm}
@@ -166,18 +165,16 @@ def _emit_ffn(context: Context, prefix: str, hop_BTD: ir.Value, x_BTD: ir.Value)
     builder, config = context.builder, context.config
     scale = context.norm_scale(f"{prefix}.norm", config.model_dim)
     bias = [context.weight(f"{prefix}.norm.bias")] if config.norm_affine else []
-    n_BTD = context.in_float(
-        hop_BTD,
-        "norm",
-        lambda x: builder.op("LayerNormalization", x, scale, *bias, axis=-1, epsilon=config.norm_eps, name="norm"),
-    )
+    normal = builder.op("LayerNormalization", hop_BTD, scale, *bias, axis=-1, epsilon=config.norm_eps, name="norm")
+    n_BTD = context.to_activation(normal, "norm_cast")
     if config.swiglu:
         both = context.linear(n_BTD, f"{prefix}.fc1_fc3", "fc1_fc3")
         gate, up = builder.multi("Split", both, names=["fc1", "fc3"], axis=-1, num_outputs=2)
-        hidden = builder.op("Mul", context.silu(gate, "hidden_gate"), up, name="hidden")
+        gate = context.with_headroom(context.silu(gate, "hidden_gate"), "hidden_gate")
+        hidden = builder.op("Mul", gate, up, name="hidden")
     else:
-        hidden = context.silu(context.linear(n_BTD, f"{prefix}.fc1", "fc1"), "hidden")
-    second = context.linear(hidden, f"{prefix}.fc2", "fc2")
+        hidden = context.with_headroom(context.silu(context.linear(n_BTD, f"{prefix}.fc1", "fc1"), "hidden"), "hidden")
+    second = context.to_residual(context.linear(hidden, f"{prefix}.fc2", "fc2"), "fc2")
     if config.rescale_nffn:
         second = builder.op("Mul", second, context.weight(f"{prefix}.alpha"), name="fc2_rescaled")
-    return builder.typed(builder.op("Add", x_BTD, second, name="out"), context.activation, ("B", "T", config.model_dim))
+    return builder.typed(builder.op("Add", x_BTD, second, name="out"), ir.DataType.FLOAT, ("B", "T", config.model_dim))

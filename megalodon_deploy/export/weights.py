@@ -79,7 +79,7 @@ def _ffn_folds(config: MegalodonConfig, prefix: str) -> Iterator[Fold]:
         yield _matrices(f"{prefix}.fc1", (f"{prefix}.fc1",), (hidden,), dim)
     yield _matrices(f"{prefix}.fc2", (f"{prefix}.fc2",), (dim,), hidden)
     if config.rescale_nffn:
-        yield _same(f"{prefix}.alpha", (dim,))
+        yield _same(f"{prefix}.alpha", (dim,), is_activation=False)
 
 
 def merged_projection_sizes(config: MegalodonConfig) -> dict[str, int]:
@@ -87,11 +87,11 @@ def merged_projection_sizes(config: MegalodonConfig) -> dict[str, int]:
     return {"wz": config.z_dim, "wr": config.value_dim, "wh1": config.model_dim}
 
 
-def _same(name: str, shape: tuple[int, ...]) -> Fold:
+def _same(name: str, shape: tuple[int, ...], *, is_activation: bool = True) -> Fold:
     def copy(value: np.ndarray) -> Arrays:
         return (value.reshape(shape),)
 
-    return Fold((InitializerSpec(name, shape, True),), (name,), copy, copy)
+    return Fold((InitializerSpec(name, shape, is_activation),), (name,), copy, copy)
 
 
 def _norm_folds(prefix: str, dim: int, *, bias: bool) -> Iterator[Fold]:

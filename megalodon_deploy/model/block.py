@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.model.attention import Attend, Rotation
+from megalodon_deploy.model.half_precision import to_residual, with_headroom
 from megalodon_deploy.model.layers import ComplexEMA, LayerNorm, RMSNorm, TimestepNorm, rms_norm
 from megalodon_deploy.model.quantized_rows import QuantizedRows, dequantize_rows, quantize_rows
 
@@ -79,15 +80,16 @@ class GatedAttention(nn.Module):
     def forward(self, x_BTD: Tensor, past: LayerState, call: Call) -> tuple[Tensor, LayerState]:
         u_BTD, norm = self.timenorm(x_BTD, past.norm, call.position)
         averaged, cema = self.cema(u_BTD, past.cema, call.position)
-        m_BTD = self.rmsnorm(averaged)
+        dtype = self.wv.weight.dtype
+        u_BTD, m_BTD = u_BTD.to(dtype), self.rmsnorm(averaged).to(dtype)
         q_BHTd, k_BHTd = self._queries_and_keys(m_BTD, call.rotation)
         v_BTE = functional.silu(self.wv(u_BTD))
         v_BHTe = v_BTE.view(*v_BTE.shape[:2], self.num_heads, -1).transpose(1, 2)
         (k_BHTd, past_key), keys = self._kept(k_BHTd, past.key, past.key_scale)
         (v_BHTe, past_value), values = self._kept(v_BHTe, past.value, past.value_scale)
         attended = call.attend(q_BHTd, k_BHTd, v_BHTe, past_key, past_value).transpose(1, 2).flatten(2)
-        gated_BTE = attended * functional.silu(self.wr(m_BTD))
-        y_BTD = x_BTD + self.wh1(m_BTD) + self.wh2(gated_BTE)
+        gated_BTE = attended * with_headroom(functional.silu(self.wr(m_BTD)))
+        y_BTD = x_BTD + self.wh1(m_BTD) + to_residual(self.wh2(gated_BTE))
         return y_BTD, LayerState(keys[0], values[0], cema, norm, keys[1], values[1])
 
     def _kept(
@@ -113,11 +115,11 @@ class FeedForward(nn.Module):
         self.alpha = nn.Parameter(torch.full((config.model_dim,), 0.1 * 0.5**layer)) if config.rescale_nffn else None
 
     def forward(self, y_BTD: Tensor) -> Tensor:
-        n_BTD = self.norm(y_BTD)
-        hidden_BTF = functional.silu(self.fc1(n_BTD))
+        n_BTD = self.norm(y_BTD).to(self.fc1.weight.dtype)
+        hidden_BTF = with_headroom(functional.silu(self.fc1(n_BTD)))
         if self.fc3 is not None:
             hidden_BTF = hidden_BTF * self.fc3(n_BTD)
-        out_BTD: Tensor = self.fc2(hidden_BTF)
+        out_BTD = to_residual(self.fc2(hidden_BTF))
         return out_BTD if self.alpha is None else out_BTD * self.alpha
 
 

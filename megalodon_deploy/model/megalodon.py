@@ -126,12 +126,14 @@ class Megalodon(nn.Module):
         """[B, T, D] after the final norm, and what the call adds to the state, by the names of `past`."""
         config = self.config
         x_BTD = self.embed(tokens_BT)
+        dtype = x_BTD.dtype
+        x_BTD = x_BTD.to(torch.promote_types(dtype, torch.float32))  # the residual stream: see `half_precision`
         if config.scale_emb:
             x_BTD = x_BTD * math.sqrt(config.model_dim)
         in_chunk_BT = (
             position_B.unsqueeze(-1) + torch.arange(tokens_BT.shape[1], device=x_BTD.device)
         ) % config.chunk_size
-        rotation = Rotation.at(in_chunk_BT, config.key_head_dim, config.rope_base, x_BTD.dtype)
+        rotation = Rotation.at(in_chunk_BT, config.key_head_dim, config.rope_base, dtype)
         call = Call(position_B, rotation, attend)
         present: dict[str, Tensor] = {}
         for i, layer in enumerate(self.layers):
@@ -141,7 +143,7 @@ class Megalodon(nn.Module):
             present.update({names[kind]: getattr(added, kind) for kind in layer_past})
         final = f"past_{_FINAL_NORM}"
         x_BTD, present[final] = self.output.final_norm(x_BTD, past[final], position_B)
-        return x_BTD, present
+        return x_BTD.to(dtype), present
 
 
 def _output_name(past_name: str) -> str:

@@ -35,7 +35,17 @@ from megalodon_deploy.model.checkpoint import load_checkpoint, save_checkpoint
 from megalodon_deploy.parameters import num_parameters, parameter_specs
 
 FLOAT, HALF = onnx.TensorProto.FLOAT, {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
-FLOAT32_ALWAYS = ("norm.scale", "norm.bias", ".cema.", "query_key.", "past_cema", "past_norm", "present_", "logits")
+FLOAT32_ALWAYS = (
+    "norm.scale",
+    "norm.bias",
+    ".alpha",
+    ".cema.",
+    "query_key.",
+    "past_cema",
+    "past_norm",
+    "present_",
+    "logits",
+)
 
 
 def load_graph(bundle_path: Path) -> onnx.ModelProto:

@@ -29,6 +29,11 @@ constexpr int kMeanLo = {MEAN_LO};
 constexpr int kVarHi = {VAR_HI};
 constexpr int kVarLo = {VAR_LO};
 
+// Tensors of a call that are no state.
+constexpr char kTokens[] = "{TOKENS}";      // [B, T] int64
+constexpr char kPosition[] = "{POSITION}";  // [B] int64, tokens that the row has consumed before this call
+constexpr char kLogits[] = "{LOGITS}";      // [B, K, V] float32
+
 // The ONNX operators, by whose type and version a plugin is found.
 constexpr char kOperatorDomain[] = "{OPERATOR_DOMAIN}";
 constexpr char kOperatorVersion[] = "{OPERATOR_VERSION}";

@@ -15,6 +15,11 @@ constexpr int kMeanLo = 1;
 constexpr int kVarHi = 2;
 constexpr int kVarLo = 3;
 
+// Tensors of a call that are no state.
+constexpr char kTokens[] = "tokens";      // [B, T] int64
+constexpr char kPosition[] = "position";  // [B] int64, tokens that the row has consumed before this call
+constexpr char kLogits[] = "logits";      // [B, K, V] float32
+
 // The ONNX operators, by whose type and version a plugin is found.
 constexpr char kOperatorDomain[] = "megalodon";
 constexpr char kOperatorVersion[] = "1";

@@ -1,0 +1,33 @@
+#include "backends.hpp"
+
+#include <algorithm>
+#include <set>
+
+#include "megalodon/state_layout.h"
+
+namespace megalodon::detail {
+
+std::unique_ptr<Engine> open_engine(const Bundle& bundle, const SessionOptions& options) {
+    if (options.threads < 0) {
+        throw Error(ErrorKind::invalid_argument,
+                    "threads = " + std::to_string(options.threads) + " is not a positive integer, nor 0 for all");
+    }
+    if (options.backend == "onnxruntime") return open_onnxruntime(bundle, options);
+    if (options.backend == "tensorrt" || options.backend == "tensorrt-rtx") return open_tensorrt(bundle, options);
+    throw Error(ErrorKind::invalid_argument,
+                "unknown backend '" + options.backend + "'; there are: onnxruntime, tensorrt, tensorrt-rtx");
+}
+
+void check_inputs(const Bundle& bundle, const std::vector<std::string>& names, const std::string& where) {
+    std::set<std::string> expected = {kTokens, kPosition};
+    for (const StateSpec& spec : bundle.manifest().state)
+        expected.insert(spec.past);
+    const std::set<std::string> found(names.begin(), names.end());
+    std::vector<std::string> unlike;
+    std::set_symmetric_difference(expected.begin(), expected.end(), found.begin(), found.end(),
+                                  std::back_inserter(unlike));
+    if (unlike.empty()) return;
+    throw Error(ErrorKind::bundle, where + ": input " + unlike[0] + " is not in both model and manifest; export again");
+}
+
+}  // namespace megalodon::detail

@@ -1,0 +1,185 @@
+#include "saved_stream.hpp"
+
+#include <cstring>
+
+#include "convert.hpp"
+#include "formats.hpp"
+#include "megalodon/state_layout.h"
+#include "safetensors.hpp"
+
+namespace megalodon::detail {
+
+namespace {
+
+constexpr char kSaveAgain[] = "; save the stream again";
+
+[[noreturn]] void fail(const std::string& where, const std::string& what) {
+    throw Error(ErrorKind::state, where + ": " + what);
+}
+
+template <typename T>
+HostTensor vector_tensor(DType dtype, const std::vector<T>& values) {
+    HostTensor tensor{dtype, {static_cast<std::int64_t>(values.size())}, {}};
+    tensor.data.resize(values.size() * sizeof(T));
+    if (!values.empty()) std::memcpy(tensor.data.data(), values.data(), tensor.data.size());
+    return tensor;
+}
+
+template <typename T>
+std::vector<T> values_of(const HostTensor& tensor) {
+    std::vector<T> values(tensor.data.size() / sizeof(T));
+    if (!values.empty()) std::memcpy(values.data(), tensor.data.data(), tensor.data.size());
+    return values;
+}
+
+std::string text_of(const Shape& shape) {
+    std::string text = "[";
+    for (std::size_t axis = 0; axis < shape.size(); ++axis) {
+        text += (axis == 0 ? "" : ", ") + std::to_string(shape[axis]);
+    }
+    return text + "]";
+}
+
+HostTensor take(TensorMap& tensors, const char* name, const std::string& where) {
+    const auto found = tensors.find(name);
+    if (found == tensors.end()) fail(where, std::string("tensor ") + name + " is missing" + kSaveAgain);
+    HostTensor tensor = std::move(found->second);
+    tensors.erase(found);
+    return tensor;
+}
+
+template <typename T>
+std::vector<T> take_integers(TensorMap& tensors, const char* name, DType dtype, std::int64_t most,
+                             const std::string& where) {
+    const HostTensor tensor = take(tensors, name, where);
+    if (tensor.dtype != dtype || tensor.shape.size() != 1 || tensor.shape[0] > most) {
+        fail(where, std::string(name) + " is " + name_of(tensor.dtype) + " " + text_of(tensor.shape) +
+                        ", expected a vector of " + name_of(dtype) + " of length " + std::to_string(most) + " at most");
+    }
+    return values_of<T>(tensor);
+}
+
+void check_tensor(const HostTensor& tensor, const std::string& name, const Shape& shape, DType dtype, bool may_be_cast,
+                  const std::string& where) {
+    if (tensor.shape != shape) {
+        fail(where, name + " has shape " + text_of(tensor.shape) + ", expected " + text_of(shape));
+    }
+    if (tensor.dtype != dtype && !(may_be_cast && is_floating(tensor.dtype))) {
+        fail(where, name + " is " + name_of(tensor.dtype) + ", expected " + name_of(dtype));
+    }
+    if (!is_finite(tensor)) fail(where, name + " holds NaN or infinity: the stream is broken; start a new one");
+}
+
+void check_tokens(const SavedStream& saved, const std::string& where) {
+    const std::int64_t vocab_size = saved.manifest->vocab_size;
+    for (const std::int64_t token : saved.recent) {
+        if (token < 0 || token >= vocab_size) {
+            fail(where,
+                 "token " + std::to_string(token) + " is outside the vocabulary of " + std::to_string(vocab_size));
+        }
+    }
+    if (saved.pending && (saved.recent.empty() || saved.recent.back() != *saved.pending)) {
+        fail(where, std::string(kPendingTokens) + " is " + std::to_string(*saved.pending) +
+                        ", which is not the last of " + kRecentTokens);
+    }
+}
+
+void check(const SavedStream& saved, const std::string& where) {
+    if (saved.position < 0) fail(where, "position is " + std::to_string(saved.position) + ", expected 0 or more");
+    check_tokens(saved, where);
+    const bool has_logits = saved.position > 0 && !saved.pending;
+    if (saved.logits.empty() == has_logits) {
+        fail(where, std::string("tensor ") + kLogits + (has_logits ? " is missing" : " is not expected here"));
+    }
+    if (has_logits) {
+        check_tensor(vector_tensor(DType::float32, saved.logits), kLogits, {saved.manifest->vocab_size}, DType::float32,
+                     false, where);
+    }
+    const std::int64_t num_rows = saved.position % saved.manifest->chunk_size;
+    for (const StateSpec& spec : saved.manifest->state) {
+        const auto found = saved.tensors.find(spec.past);
+        if (found == saved.tensors.end()) fail(where, "tensor " + spec.past + " is missing");
+        check_tensor(found->second, spec.past, concrete_shape(spec.past_shape, 1, 0, num_rows), spec.dtype,
+                     spec.is_activation, where);
+    }
+    if (saved.tensors.size() == saved.manifest->state.size()) return;
+    for (const auto& [name, tensor] : saved.tensors) {
+        bool is_known = false;
+        for (const StateSpec& spec : saved.manifest->state)
+            is_known = is_known || spec.past == name;
+        if (!is_known) fail(where, "unknown tensor " + name + "; the file does not belong to this bundle");
+    }
+}
+
+void check_metadata(const SafetensorsFile& file, const char* key, const char* expected, const std::string& where) {
+    const auto found = file.metadata.find(key);
+    const std::string value = found == file.metadata.end() ? "missing" : "'" + found->second + "'";
+    if (value != std::string("'") + expected + "'") {
+        fail(where, std::string(key) + " is " + value + ", expected '" + expected + "'" + kSaveAgain);
+    }
+}
+
+}  // namespace
+
+void write_saved_stream(const SavedStream& saved, const std::filesystem::path& path) {
+    check(saved, "the stream cannot be saved");
+    SafetensorsFile file;
+    file.tensors = saved.tensors;
+    file.tensors[kPosition] = vector_tensor<std::int64_t>(DType::int64, {saved.position});
+    file.tensors[kRecentTokens] = vector_tensor(DType::int64, saved.recent);
+    std::vector<std::int64_t> pending;
+    if (saved.pending) pending.push_back(*saved.pending);
+    file.tensors[kPendingTokens] = vector_tensor(DType::int64, pending);
+    file.tensors[kLogits] = vector_tensor(DType::float32, saved.logits);
+    std::vector<std::uint64_t> generator;
+    if (saved.generator) generator = {saved.generator->seed, saved.generator->draws};
+    file.tensors[kGenerator] = vector_tensor(DType::uint64, generator);
+    file.metadata = {{"format", kStreamFormat},
+                     {"format_version", kStreamFormatVersion},
+                     {"bundle_fingerprint", saved.manifest->fingerprint}};
+    write_safetensors(path, file);
+}
+
+SavedStream read_saved_stream(const std::filesystem::path& path, std::shared_ptr<const Manifest> manifest) {
+    const std::string where = path.string();
+    SafetensorsFile file = read_safetensors(path);
+    check_metadata(file, "format", kStreamFormat, where);
+    check_metadata(file, "format_version", kStreamFormatVersion, where);
+    check_fingerprint(file.metadata["bundle_fingerprint"], manifest->fingerprint, where);
+    SavedStream saved;
+    saved.manifest = std::move(manifest);
+    const auto position = take_integers<std::int64_t>(file.tensors, kPosition, DType::int64, 1, where);
+    if (position.size() != 1) fail(where, std::string(kPosition) + " is empty" + kSaveAgain);
+    saved.position = position[0];
+    saved.recent = take_integers<std::int64_t>(file.tensors, kRecentTokens, DType::int64, kHistoryTokens, where);
+    const auto pending = take_integers<std::int64_t>(file.tensors, kPendingTokens, DType::int64, 1, where);
+    if (!pending.empty()) saved.pending = pending[0];
+    const auto generator = take_integers<std::uint64_t>(file.tensors, kGenerator, DType::uint64, 2, where);
+    if (generator.size() == 1) fail(where, std::string(kGenerator) + " has length 1, expected 0 or 2" + kSaveAgain);
+    if (generator.size() == 2) saved.generator = Generator{generator[0], generator[1]};
+    const HostTensor logits = take(file.tensors, kLogits, where);
+    if (logits.dtype != DType::float32 || logits.shape.size() != 1) {
+        fail(where, std::string(kLogits) + " is not a vector of float32" + kSaveAgain);
+    }
+    saved.logits = values_of<float>(logits);
+    saved.tensors = std::move(file.tensors);
+    check(saved, where);
+    return saved;
+}
+
+TensorMap tensors_for(const SavedStream& saved) {
+    TensorMap tensors = saved.tensors;
+    for (const StateSpec& spec : saved.manifest->state) {
+        if (spec.is_activation)
+            tensors[spec.past] = cast(tensors[spec.past], spec.dtype, "resumed stream: " + spec.past);
+    }
+    return tensors;
+}
+
+void check_fingerprint(const std::string& found, const std::string& expected, const std::string& where) {
+    if (found == expected) return;
+    fail(where, "the stream comes from bundle " + (found.empty() ? "unknown" : found.substr(0, 12)) +
+                    ", this bundle is " + expected.substr(0, 12) + "; resume it with the bundle that it came from");
+}
+
+}  // namespace megalodon::detail

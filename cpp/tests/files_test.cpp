@@ -1,0 +1,48 @@
+#include "files.hpp"
+
+#include <gtest/gtest.h>
+
+#include "megalodon/error.hpp"
+#include "tiny_bundle.hpp"
+
+namespace megalodon::test {
+namespace {
+
+using detail::Append;
+using detail::write_atomically;
+
+TEST(Files, TheHashIsTheStandardsOne) {
+    const TemporaryDirectory directory;
+    write_text(directory.path() / "file", "abc");  // FIPS 180-2, appendix B.1
+    EXPECT_EQ(detail::sha256_file(directory.path() / "file"),
+              "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+    EXPECT_THROW(detail::sha256_file(directory.path() / "none"), Error);
+}
+
+TEST(Files, AFailedWriteLeavesTheOldFileAndNothingElse) {
+    const TemporaryDirectory directory;
+    const auto path = directory.path() / "file";
+    write_text(path, "old");
+    const auto failing = [](const Append& append) {
+        append("half of the new", 15);
+        throw Error(ErrorKind::internal, "stop");
+    };
+    EXPECT_THROW(write_atomically(path, failing), Error);
+    EXPECT_EQ(detail::read_text(path), "old");
+    EXPECT_EQ(std::distance(std::filesystem::directory_iterator(directory.path()), {}), 1);
+    write_atomically(path, [](const Append& append) { append("new", 3); });
+    EXPECT_EQ(detail::read_text(path), "new");
+}
+
+TEST(Files, APlaceThatCannotBeWrittenIsNamed) {
+    try {
+        write_atomically("/proc/none/file", [](const Append&) {});
+        FAIL();
+    } catch (const Error& error) {
+        EXPECT_EQ(error.kind(), ErrorKind::io);
+        EXPECT_NE(std::string(error.what()).find("/proc/none/file"), std::string::npos);
+    }
+}
+
+}  // namespace
+}  // namespace megalodon::test

@@ -6,14 +6,15 @@ PYTHON ?= $(firstword $(foreach python,python3 python3.13 python3.12 python3.11,
 PIP_FLAGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-SOURCES := megalodon_deploy tests examples benchmarks plugins
+SOURCES := megalodon_deploy tests examples benchmarks plugins cpp
 
-.PHONY: demo test lint types plugins resources sanitize mutants package clean help
+.PHONY: demo test lint types plugins cpp resources sanitize mutants package clean help
 
 help:
 	@echo "make demo     train, export, verify, build and stream a small model (about 6 minutes after set-up)"
 	@echo "make test     lint, types, C++ build, all tests"
 	@echo "make plugins  the compiled libraries: CUDA kernels and TensorRT plugins, operators for ONNX Runtime"
+	@echo "make cpp      the C++ runtime, its examples and tests, in build/cpp"
 	@echo "make sanitize the emulated kernels and the plugins under AddressSanitizer and UBSan (part of make test)"
 	@echo "make mutants  takes each barrier, mask and bound check out of the kernels and sees that a test fails (an hour)"
 	@echo "make resources  registers, stack and shared memory of every kernel on every GPU"
@@ -36,6 +37,9 @@ types: $(INSTALLED)
 plugins: $(INSTALLED)
 	$(BIN)/python -m megalodon_deploy.engine.toolchain build-cpu
 	$(BIN)/python -m megalodon_deploy.engine.toolchain build-plugins
+
+cpp: $(INSTALLED)
+	$(BIN)/python cpp/build.py
 
 resources: plugins
 	$(BIN)/python plugins/tests/kernel_resources.py

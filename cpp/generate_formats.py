@@ -27,6 +27,7 @@ _CONSTANTS: dict[str, tuple[str, str | int]] = {
     "kEngineInfoVersion": ("int", info.FORMAT_VERSION),
     "kPluginLibraryFile": ("char[]", library.LIBRARY_FILE),
     "kPluginLibraryVariable": ("char[]", library.LIBRARY_VARIABLE),
+    "kOperatorsVariable": ("char[]", library.OPERATORS_VARIABLE),
     "A saved stream.": ("", ""),
     "kStreamFormat": ("char[]", saved_stream.FORMAT),
     "kStreamFormatVersion": ("char[]", saved_stream.FORMAT_VERSION),

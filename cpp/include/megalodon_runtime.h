@@ -52,6 +52,7 @@ typedef struct mgr_session_options {
     int32_t device;
     const char* library;
     const char* plugin_library;
+    const char* operators_library;
 } mgr_session_options;
 
 /* As SamplingParams and GenerateOptions; fill it with mgr_default_generate_options first. */

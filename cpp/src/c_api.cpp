@@ -132,6 +132,7 @@ int mgr_session_open(const char* bundle, const mgr_session_options* options, mgr
             chosen.device = options->device;
             chosen.library = text_or_empty(options->library);
             chosen.plugin_library = text_or_empty(options->plugin_library);
+            chosen.operators_library = text_or_empty(options->operators_library);
         }
         *out = new mgr_session{megalodon::Session(megalodon::Bundle::open(bundle), chosen)};
     });

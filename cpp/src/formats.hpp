@@ -17,6 +17,7 @@ constexpr char kEngineInfoFile[] = "engine.json";
 constexpr int kEngineInfoVersion = 1;
 constexpr char kPluginLibraryFile[] = "libmegalodon.so";
 constexpr char kPluginLibraryVariable[] = "MEGALODON_PLUGIN_LIBRARY";
+constexpr char kOperatorsVariable[] = "MEGALODON_ONNXRUNTIME_LIBRARY";
 
 // A saved stream.
 constexpr char kStreamFormat[] = "megalodon-stream";

@@ -19,7 +19,7 @@ constexpr std::uint64_t kMaxHeaderBytes = 100'000'000;  // the limit of the refe
 const std::map<std::string, DType>& dtypes() {
     static const std::map<std::string, DType> table = {
         {"F32", DType::float32}, {"F16", DType::float16}, {"BF16", DType::bfloat16}, {"F8_E4M3", DType::float8_e4m3},
-        {"I8", DType::int8},     {"I64", DType::int64},   {"U64", DType::uint64},
+        {"I8", DType::int8},     {"U8", DType::uint8},    {"I64", DType::int64},     {"U64", DType::uint64},
     };
     return table;
 }
@@ -100,7 +100,7 @@ SafetensorsFile parse(const MappedFile& file) {
 std::vector<const TensorMap::value_type*> in_file_order(const TensorMap& tensors) {
     std::vector<const TensorMap::value_type*> order;
     for (const DType dtype : {DType::uint64, DType::int64, DType::float32, DType::bfloat16, DType::float16,
-                              DType::float8_e4m3, DType::int8}) {
+                              DType::float8_e4m3, DType::int8, DType::uint8}) {
         for (const auto& entry : tensors) {
             if (entry.second.dtype == dtype) order.push_back(&entry);
         }

@@ -25,6 +25,18 @@ HostTensor vector_tensor(DType dtype, const std::vector<T>& values) {
     return tensor;
 }
 
+// fp8 is saved as its bits: not every reader of the format knows the type.
+TensorMap with_fp8_as(DType stored, const SavedStream& saved) {
+    TensorMap tensors = saved.tensors;
+    for (const StateSpec& spec : saved.manifest->state) {
+        const auto found = tensors.find(spec.past);
+        if (spec.dtype == DType::float8_e4m3 && found != tensors.end() && byte_size(found->second.dtype) == 1) {
+            found->second.dtype = stored;
+        }
+    }
+    return tensors;
+}
+
 template <typename T>
 std::vector<T> values_of(const HostTensor& tensor) {
     std::vector<T> values(tensor.data.size() / sizeof(T));
@@ -124,7 +136,7 @@ void check_metadata(const SafetensorsFile& file, const char* key, const char* ex
 void write_saved_stream(const SavedStream& saved, const std::filesystem::path& path) {
     check(saved, "the stream cannot be saved");
     SafetensorsFile file;
-    file.tensors = saved.tensors;
+    file.tensors = with_fp8_as(DType::uint8, saved);
     file.tensors[kPosition] = vector_tensor<std::int64_t>(DType::int64, {saved.position});
     file.tensors[kRecentTokens] = vector_tensor(DType::int64, saved.recent);
     std::vector<std::int64_t> pending;
@@ -163,6 +175,7 @@ SavedStream read_saved_stream(const std::filesystem::path& path, std::shared_ptr
     }
     saved.logits = values_of<float>(logits);
     saved.tensors = std::move(file.tensors);
+    saved.tensors = with_fp8_as(DType::float8_e4m3, saved);
     check(saved, where);
     return saved;
 }

@@ -11,6 +11,7 @@ std::size_t byte_size(DType dtype) {
             return 2;
         case DType::float8_e4m3:
         case DType::int8:
+        case DType::uint8:
             return 1;
         case DType::int64:
         case DType::uint64:
@@ -31,6 +32,8 @@ const char* name_of(DType dtype) {
             return "float8_e4m3fn";
         case DType::int8:
             return "int8";
+        case DType::uint8:
+            return "uint8";
         case DType::int64:
             return "int64";
         case DType::uint64:

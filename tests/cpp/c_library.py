@@ -26,6 +26,7 @@ class SessionOptions(ctypes.Structure):
         ("device", ctypes.c_int32),
         ("library", ctypes.c_char_p),
         ("plugin_library", ctypes.c_char_p),
+        ("operators_library", ctypes.c_char_p),
     )
 
 

@@ -132,10 +132,14 @@ struct SessionOptions {
     std::string backend = "onnxruntime";  // or "tensorrt", "tensorrt-rtx"
     int threads = 0;                      // CPU threads of a call; 0: as many as the machine has cores
     int device = 0;                       // GPU number
-    // Path of libonnxruntime.so, libnvinfer.so or libtensorrt_rtx.so. Empty: $MEGALODON_ONNXRUNTIME_LIBRARY or
-    // $MEGALODON_TENSORRT_LIBRARY, else what the system's loader finds.
+    // Path of libonnxruntime.so, libnvinfer.so or libtensorrt_rtx.so, or of its directory. Empty: $ONNXRUNTIME_LIBRARY
+    // or $TENSORRT_LIBRARY, else what the system's loader finds.
     std::string library;
-    std::string plugin_library;  // path of libmegalodon.so. Empty: $MEGALODON_PLUGIN_LIBRARY, else the loader
+    // TensorRT: path of libmegalodon.so. Empty: $MEGALODON_PLUGIN_LIBRARY, else what the system's loader finds.
+    std::string plugin_library;
+    // ONNX Runtime: path of libmegalodon_onnxruntime.so, the compiled operators. Empty: $MEGALODON_ONNXRUNTIME_LIBRARY,
+    // else the standard operators in the graph.
+    std::string operators_library;
 };
 
 // A bundle that is ready to stream.

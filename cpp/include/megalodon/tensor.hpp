@@ -11,7 +11,7 @@
 
 namespace megalodon {
 
-enum class DType { float32, float16, bfloat16, float8_e4m3, int8, int64, uint64 };
+enum class DType { float32, float16, bfloat16, float8_e4m3, int8, uint8, int64, uint64 };
 
 MEGALODON_API std::size_t byte_size(DType dtype);
 MEGALODON_API const char* name_of(DType dtype);  // as numpy writes it: "float32"

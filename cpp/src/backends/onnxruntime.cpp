@@ -1,19 +1,22 @@
 // ONNX Runtime on the CPU. State is bound where it lies; nothing is copied for a call.
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
 #include <utility>
 
 #include "backends.hpp"
+#include "formats.hpp"
 #include "library.hpp"
+#include "logging.hpp"
 #include "ort_api.hpp"
 
 namespace megalodon::detail {
 
 namespace {
 
-constexpr char kVariable[] = "MEGALODON_ONNXRUNTIME_LIBRARY";
+constexpr char kVariable[] = "ONNXRUNTIME_LIBRARY";
 constexpr char kInstall[] =
-    "install ONNX Runtime (pip install onnxruntime, or your system's package) and set MEGALODON_ONNXRUNTIME_LIBRARY to "
+    "install ONNX Runtime (pip install onnxruntime, or your system's package) and set ONNXRUNTIME_LIBRARY to "
     "the path of libonnxruntime.so or to its directory";
 
 int element_type(DType dtype) {
@@ -30,10 +33,11 @@ int element_type(DType dtype) {
             return ort::kInt8;
         case DType::int64:
             return ort::kInt64;
+        case DType::uint8:
         case DType::uint64:
             break;
     }
-    throw Error(ErrorKind::internal, "Bug: no tensor of a graph is uint64");
+    throw Error(ErrorKind::internal, "Bug: no tensor of a graph is unsigned");
 }
 
 std::string one_line(std::string text) {
@@ -75,6 +79,7 @@ class OnnxRuntimeEngine : public Engine {
         check(api_.call<ort::CreateSessionOptions>(session_options.out()), where);
         check(api_.call<ort::SetLogSeverity>(session_options.get(), ort::kLogErrors), where);
         check(api_.call<ort::SetIntraOpNumThreads>(session_options.get(), options.threads), where);
+        register_operators(bundle, options, session_options.get());
         check(api_.call<ort::CreateSession>(static_cast<const ort::Env*>(env_.get()), where.c_str(),
                                             static_cast<const ort::SessionOptions*>(session_options.get()),
                                             session_.out()),
@@ -136,6 +141,18 @@ class OnnxRuntimeEngine : public Engine {
         throw Error(ErrorKind::engine, bundle.path().string() +
                                            ": ONNX Runtime cannot multiply bf16 matrices on a CPU; use a TensorRT "
                                            "engine, or export with --precision fp32");
+    }
+
+    // ComplexEMA and TimestepNorm compiled, where their library was named; else the graph has them in standard
+    // operators.
+    void register_operators(const Bundle& bundle, const SessionOptions& options, ort::SessionOptions* target) const {
+        const char* value = std::getenv(kOperatorsVariable);
+        const std::string path = options.operators_library.empty() && value ? value : options.operators_library;
+        if (path.empty() || bundle.manifest().precision != "fp32") return;  // they are float32
+        void* handle = nullptr;
+        check(api_.call<ort::RegisterCustomOpsLibrary>(target, path.c_str(), &handle), path, ErrorKind::missing_library,
+              "; build it again with build-cpu");
+        log(LogLevel::info, "loaded " + path);
     }
 
     // Throws Error with a status's message, and releases the status.

@@ -50,6 +50,7 @@ using Run =
 using CreateSessionOptions = Function<Status*(SessionOptions** out), 10>;
 using SetLogSeverity = Function<Status*(SessionOptions*, int severity), 22>;
 using SetIntraOpNumThreads = Function<Status*(SessionOptions*, int count), 24>;
+using RegisterCustomOpsLibrary = Function<Status*(SessionOptions*, const char* path, void** handle), 29>;
 using SessionGetInputCount = Function<Status*(const Session*, std::size_t* out), 30>;
 using SessionGetInputName = Function<Status*(const Session*, std::size_t index, Allocator*, char** out), 36>;
 using CreateTensorWithData =

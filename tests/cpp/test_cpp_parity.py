@@ -1,0 +1,154 @@
+"""C++ and Python over the same bundle: the same tokens, texts, states and files, whichever of them goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cpp.c_library import CError, CLibrary, CSession, CStream
+from runtime.small_models import LONG_CHUNKS, make_model
+
+from megalodon_deploy.bundle import Bundle
+from megalodon_deploy.export import export_checkpoint
+from megalodon_deploy.model.checkpoint import save_checkpoint
+from megalodon_deploy.runtime.sampling import SamplingParams
+from megalodon_deploy.runtime.session import Session
+from megalodon_deploy.runtime.stream import Stream
+
+PROMPT = [(7 * index) % 256 for index in range(41)]  # past three chunk edges
+
+SAMPLINGS = {
+    "greedy": SamplingParams.greedy(),
+    "seeded": SamplingParams(seed=11),
+    "filtered": SamplingParams(seed=2**64 - 1, temperature=1.4, top_k=30, top_p=0.9, min_p=0.01),
+    "penalised": SamplingParams(seed=0, temperature=0.7, repetition_penalty=1.3, repetition_window=20),
+}
+
+
+def header_and_data(path: Path) -> tuple[dict[str, Any], bytes]:
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:end]), data[end:]
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_same_tokens_texts_and_files(session: CSession, python_session: Session, name: str, tmp_path: Path) -> None:
+    sampling = SAMPLINGS[name]
+    cpp, python = session.stream(), python_session.stream()
+    np.testing.assert_array_equal(cpp.prefill(PROMPT), python.prefill(PROMPT))
+    options: dict[str, Any] = {"max_new_tokens": 300, "sampling": sampling}
+    assert cpp.generate([1, 2], **options) == list(python.generate([1, 2], **options))
+    assert cpp.position == python.position == 342, "the last token is not consumed yet"
+    cpp.save(tmp_path / "cpp")
+    python.save(tmp_path / "python")
+    header, data = header_and_data(tmp_path / "cpp")
+    expected_header, expected_data = header_and_data(tmp_path / "python")
+    assert header == expected_header
+    assert data == expected_data
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_each_goes_on_where_the_other_stopped(
+    session: CSession, python_session: Session, name: str, tmp_path: Path
+) -> None:
+    """A stream that changes hands at every turn, against one that stays in Python."""
+    sampling = SAMPLINGS[name]
+    alone = python_session.stream()
+    expected = [item.token for item in alone.generate(PROMPT, max_new_tokens=60, sampling=sampling)]
+    stream: CStream | Stream = python_session.stream()
+    tokens = [item.token for item in stream.generate(PROMPT, max_new_tokens=10, sampling=sampling)]
+    for turn in range(5):
+        path = tmp_path / str(turn)
+        stream.save(path)
+        stream = session.stream(path) if turn % 2 == 0 else python_session.stream(resume=path)
+        tokens += [item.token for item in stream.generate(max_new_tokens=10, sampling=sampling)]
+    assert tokens == expected
+
+
+def test_stop_strings_stop_tokens_and_text_prompts(session: CSession, python_session: Session) -> None:
+    text = "".join(item.text for item in python_session.stream().generate("héllo", max_new_tokens=100))
+    stop = next(text[index : index + 2] for index in range(30, 90) if text[index : index + 2].isprintable())
+    for options in (
+        {"stop_strings": [stop, "never"]},
+        {"stop_tokens": [PROMPT[3], 162, 140]},
+        {"max_new_tokens": None, "stop_strings": [stop]},
+    ):
+        options = {"max_new_tokens": 100} | options
+        found = session.stream().generate("héllo", **options)  # type: ignore[arg-type]
+        assert found == list(python_session.stream().generate("héllo", **options))  # type: ignore[arg-type]
+        assert found[-1].finish in ("stop_string", "stop_token")
+
+
+def test_forks_go_on_alike(session: CSession) -> None:
+    stream = session.stream()
+    stream.generate(PROMPT, max_new_tokens=5, sampling=SAMPLINGS["seeded"])
+    fork = stream.fork()
+    assert fork.generate(max_new_tokens=50, sampling=SamplingParams()) == stream.generate(
+        max_new_tokens=50, sampling=SamplingParams()
+    )
+
+
+def test_a_callback_ends_it_between_tokens(session: CSession, python_session: Session) -> None:
+    expected = list(python_session.stream().generate(PROMPT, max_new_tokens=20))
+    stream = session.stream()
+    first = stream.generate(PROMPT, max_new_tokens=20, goes_on=lambda token: token != expected[4].token)
+    assert first == expected[: len(first)]
+    assert [item.token for item in first + stream.generate(max_new_tokens=20 - len(first))] == [
+        item.token for item in expected
+    ]
+
+
+@pytest.mark.parametrize(
+    "options", [{"precision": "fp16"}, {"logits": "all"}, {"kv_dtype": "int8"}, {"kv_dtype": "fp8"}], ids=str
+)
+def test_other_bundles(library: CLibrary, onnxruntime_library: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    """Long chunks, so that the memory of rows grows and shrinks; half precision; quantised rows with scales."""
+    save_checkpoint(make_model(LONG_CHUNKS), tmp_path / "checkpoint")
+    bundle: Bundle = export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle", **options)
+    python_session = bundle.session("onnxruntime", threads=1, native=False)
+    session = library.session(bundle.path, onnxruntime_library, threads=1)
+    cpp, python = session.stream(), python_session.stream()
+    long_prompt = PROMPT * 7
+    np.testing.assert_array_equal(cpp.prefill(long_prompt), python.prefill(long_prompt))
+    assert cpp.generate(max_new_tokens=100) == list(python.generate(max_new_tokens=100))
+    cpp.save(tmp_path / "cpp")
+    python.save(tmp_path / "python")
+    assert header_and_data(tmp_path / "cpp") == header_and_data(tmp_path / "python")
+    resumed = session.stream(tmp_path / "python")
+    continued = python_session.stream(resume=tmp_path / "cpp")
+    assert resumed.generate(max_new_tokens=80) == list(continued.generate(max_new_tokens=80))
+
+
+def test_compiled_operators(
+    library: CLibrary,
+    bundle: Bundle,
+    python_session: Session,
+    onnxruntime_library: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The operators of libmegalodon_onnxruntime, where they are built."""
+    from megalodon_deploy.engine.library import find_onnxruntime_operators
+
+    operators = find_onnxruntime_operators()
+    if operators is None:
+        pytest.skip("libmegalodon_onnxruntime.so is not built: make plugins")
+    messages: list[tuple[int, str]] = []
+    logger = library.log_to(messages)
+    session = library.session(bundle.path, onnxruntime_library, operators_library=str(operators).encode())
+    library.get("mgr_set_logger", None, None)
+    assert any(str(operators) in text for _, text in messages), logger
+    reference = bundle.session("onnxruntime", native=True).stream()
+    np.testing.assert_array_equal(session.stream().prefill(PROMPT), reference.prefill(PROMPT))
+
+
+def test_wrong_values_are_refused_and_the_stream_goes_on(session: CSession) -> None:
+    stream = session.stream()
+    for tokens, expected in (([], "fed no tokens"), ([256], "token 256 is outside"), ([-1], "token -1")):
+        with pytest.raises(CError, match=expected) as caught:
+            stream.prefill(tokens)
+        assert caught.value.status == 1
+    assert stream.position == 0
+    assert np.isfinite(stream.prefill([1])).all()

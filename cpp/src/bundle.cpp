@@ -153,6 +153,7 @@ Manifest parse(const std::string& text) {
     Manifest manifest;
     manifest.name = text_at(document, "name");
     manifest.fingerprint = text_at(document, "fingerprint");
+    manifest.model_fingerprint = text_at(document, "model_fingerprint");
     manifest.precision = text_at(document, "precision");
     manifest.activation = activation_of(manifest.precision);
     manifest.returns_all_logits = text_at(document, "logits") == "all";

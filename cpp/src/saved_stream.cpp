@@ -148,7 +148,8 @@ void write_saved_stream(const SavedStream& saved, const std::filesystem::path& p
     file.tensors[kGenerator] = vector_tensor(DType::uint64, generator);
     file.metadata = {{"format", kStreamFormat},
                      {"format_version", kStreamFormatVersion},
-                     {"bundle_fingerprint", saved.manifest->fingerprint}};
+                     {"bundle_fingerprint", saved.fingerprint},
+                     {"model_fingerprint", saved.model_fingerprint}};
     write_safetensors(path, file);
 }
 
@@ -157,8 +158,10 @@ SavedStream read_saved_stream(const std::filesystem::path& path, std::shared_ptr
     SafetensorsFile file = read_safetensors(path);
     check_metadata(file, "format", kStreamFormat, where);
     check_metadata(file, "format_version", kStreamFormatVersion, where);
-    check_fingerprint(file.metadata["bundle_fingerprint"], manifest->fingerprint, where);
     SavedStream saved;
+    saved.fingerprint = file.metadata["bundle_fingerprint"];
+    saved.model_fingerprint = file.metadata["model_fingerprint"];
+    check_origin(saved, *manifest, where);
     saved.manifest = std::move(manifest);
     const auto position = take_integers<std::int64_t>(file.tensors, kPosition, DType::int64, 1, where);
     if (position.size() != 1) fail(where, std::string(kPosition) + " is empty" + kSaveAgain);
@@ -189,10 +192,13 @@ TensorMap tensors_for(const SavedStream& saved) {
     return tensors;
 }
 
-void check_fingerprint(const std::string& found, const std::string& expected, const std::string& where) {
-    if (found == expected) return;
-    fail(where, "the stream comes from bundle " + (found.empty() ? "unknown" : found.substr(0, 12)) +
-                    ", this bundle is " + expected.substr(0, 12) + "; resume it with the bundle that it came from");
+void check_origin(const SavedStream& saved, const Manifest& manifest, const std::string& where) {
+    if (saved.fingerprint == manifest.fingerprint) return;
+    if (!saved.model_fingerprint.empty() && saved.model_fingerprint == manifest.model_fingerprint) return;
+    fail(where, "the stream comes from bundle " +
+                    (saved.fingerprint.empty() ? "unknown" : saved.fingerprint.substr(0, 12)) +
+                    " of another checkpoint, this bundle is " + manifest.fingerprint.substr(0, 12) +
+                    "; resume it with an export of the checkpoint that it came from");
 }
 
 }  // namespace megalodon::detail

@@ -17,7 +17,9 @@ namespace megalodon::detail {
 
 // Everything that a stream is, apart from the bundle it belongs to.
 struct SavedStream {
-    std::shared_ptr<const Manifest> manifest;  // of its bundle
+    std::shared_ptr<const Manifest> manifest;  // of the bundle that it is checked against
+    std::string fingerprint;                   // of the bundle that it comes from
+    std::string model_fingerprint;             // of the checkpoint behind that, "" when it is not known
     std::int64_t position = 0;
     TensorMap tensors;  // state of one row, by `past_*` name
     std::vector<std::int64_t> recent;
@@ -35,6 +37,7 @@ SavedStream read_saved_stream(const std::filesystem::path& path, std::shared_ptr
 // The tensors with key and value rows cast to the bundle's type. Throws Error (state) on overflow.
 TensorMap tensors_for(const SavedStream& saved);
 
-void check_fingerprint(const std::string& found, const std::string& expected, const std::string& where);
+// Throws Error (state) unless the bundle or the model that the stream comes from is this one.
+void check_origin(const SavedStream& saved, const Manifest& manifest, const std::string& where);
 
 }  // namespace megalodon::detail

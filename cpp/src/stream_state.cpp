@@ -8,7 +8,7 @@ namespace megalodon::detail {
 
 StreamState::StreamState(std::shared_ptr<BatchState> batch, const SavedStream* saved) : batch_(std::move(batch)) {
     if (saved != nullptr) {
-        check_fingerprint(saved->manifest->fingerprint, session().manifest().fingerprint, "snapshot");
+        check_origin(*saved, session().manifest(), "snapshot");
         position_ = saved->position;
         recent_ = saved->recent;
         pending_ = saved->pending;
@@ -77,6 +77,8 @@ Generator& StreamState::generator_for(const SamplingParams& params) {
 SavedStream StreamState::save() const {
     SavedStream saved;
     saved.manifest = session().shared_manifest();
+    saved.fingerprint = saved.manifest->fingerprint;
+    saved.model_fingerprint = saved.manifest->model_fingerprint;
     saved.position = position_;
     if (position_ > 0) {
         saved.tensors = batch().read(slot_, position_);

@@ -180,7 +180,9 @@ TEST(SavedStream, AForeignOrDamagedOneIsRefused) {
     using File = detail::SafetensorsFile;
     expect_refused([](File& file) { file.metadata["format"] = "other"; }, "format is 'other'");
     expect_refused([](File& file) { file.metadata.erase("format_version"); }, "format_version is missing");
-    expect_refused([](File& file) { file.metadata["bundle_fingerprint"] = "ffff"; }, "comes from bundle ffff");
+    expect_refused(
+        [](File& file) { file.metadata["bundle_fingerprint"] = file.metadata["model_fingerprint"] = "ffff"; },
+        "comes from bundle ffff");
     expect_refused([](File& file) { file.tensors.erase("position"); }, "position is missing");
     expect_refused([](File& file) { file.tensors.erase("past_cema.0"); }, "past_cema.0 is missing");
     expect_refused([](File& file) { file.tensors["past_key.1"] = file.tensors["past_key.0"]; }, "unknown tensor");

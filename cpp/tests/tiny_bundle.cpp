@@ -61,6 +61,7 @@ std::string manifest_text(const TinyModel& model) {
         {"format_version", kBundleFormatVersion},
         {"name", "tiny"},
         {"fingerprint", model.fingerprint},
+        {"model_fingerprint", "m" + model.fingerprint},
         {"config", {{"vocab_size", model.vocab_size}, {"chunk_size", model.chunk_size}}},
         {"precision", model.precision},
         {"logits", model.returns_all_logits ? "all" : "last"},

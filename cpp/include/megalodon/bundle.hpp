@@ -44,8 +44,9 @@ struct FileEntry {
 // What manifest.json says, as far as running needs it.
 struct Manifest {
     std::string name;
-    std::string fingerprint;  // which model this is: configuration, precision and weights
-    std::string precision;    // fp32, fp16 or bf16
+    std::string fingerprint;        // which bundle this is: configuration, precision and weights
+    std::string model_fingerprint;  // which checkpoint it was exported from
+    std::string precision;          // fp32, fp16 or bf16
     DType activation = DType::float32;
     bool returns_all_logits = false;  // logits of all T positions, or of the last one
     std::int64_t vocab_size = 0;      // V

@@ -30,7 +30,8 @@ class Builder:
         self.folder, self.flags = folder, list(flags)
         folder.mkdir(parents=True, exist_ok=True)
         kernels = [*PLUGINS.glob("operators/*/*.cu"), *PLUGINS.glob("common/*.cu")]
-        self.sources = sorted([*kernels, *PLUGINS.glob("c_api/*.cpp"), *PLUGINS.glob("emulation/*.cpp")])
+        hosts = ("operators/*/c_api.cpp", "c_api/*.cpp", "emulation/*.cpp")
+        self.sources = sorted([*kernels, *(path for pattern in hosts for path in PLUGINS.glob(pattern))])
         self.includes: dict[Path, set[str]] = {}
         self.lock = threading.Lock()
 

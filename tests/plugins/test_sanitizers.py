@@ -6,6 +6,7 @@ margins, so that the first byte outside a tensor is an error.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,8 @@ def test_programs(sanitized_path: Path) -> None:
 
 @pytest.mark.parametrize("checks", CHECKS, ids=lambda path: path.stem)
 def test_kernels(environment: dict[str, str], checks: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", checks]
+    processes = str(len(os.sched_getaffinity(0)))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-n", processes, checks]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False, timeout=LONGEST_SECONDS
     )

@@ -23,7 +23,13 @@ _PACKAGES = ("torch", "onnxruntime", "polygraphy", "onnx", "onnx_ir")
 
 
 def verify_bundle(
-    bundle: Bundle, *, ckpt: str | Path | None = None, progress: Callable[[str, float], None] | None = None
+    bundle: Bundle,
+    *,
+    ckpt: str | Path | None = None,
+    bisect: bool = False,
+    text: str | Path | None = None,
+    tokens: int | None = None,
+    progress: Callable[[str, float], None] | None = None,
 ) -> VerifyReport:
     """Compare a bundle with PyTorch.
 
@@ -31,16 +37,19 @@ def verify_bundle(
         bundle: an opened bundle.
         ckpt: the checkpoint it was exported from, which checks the weights' way into the bundle too. Without it the
             reference computes with the weights that lie in the bundle.
+        bisect: on a miss, name the first tensor inside the graph that is off.
+        text: a UTF-8 file that executors read and go on from; default a module of Python's standard library.
+        tokens: stream so many tokens through both operators and a small model, against float64.
         progress: called with a stage and the fraction done.
 
     Raises `CheckpointError` for a checkpoint that cannot be read or is of another model, `BundleError` for a graph
-    that lacks weights, `MissingDependencyError` without the packages of the extra `verify`. A miss is not raised: the
-    report's `passed` says it.
+    that lacks weights, `UserError` for a text that cannot be read, `MissingDependencyError` without the packages of
+    the extra `verify`. A miss is not raised: the report's `passed` says it.
     """
     _require_packages()
-    from megalodon_deploy.verify.verification import run_verification
+    from megalodon_deploy.verify.verification import VerifyOptions, run_verification
 
-    return run_verification(bundle, ckpt, progress)
+    return run_verification(bundle, VerifyOptions(ckpt=ckpt, bisect=bisect, text=text, tokens=tokens), progress)
 
 
 def emit_polygraphy(bundle: Bundle, directory: str | Path, *, ckpt: str | Path | None = None) -> None:
@@ -52,6 +61,20 @@ def emit_polygraphy(bundle: Bundle, directory: str | Path, *, ckpt: str | Path |
     from megalodon_deploy.verify.polygraphy_files import write_polygraphy_files
 
     write_polygraphy_files(bundle, Path(directory), ckpt)
+
+
+def write_html(report: VerifyReport, path: str | Path) -> None:
+    """Write a report as one HTML file with plots that needs nothing else."""
+    from megalodon_deploy.verify.html_report import write_html_report
+
+    write_html_report(report, Path(path))
+
+
+def parse_count(text: str) -> int:
+    """A number of tokens such as `500K` or `10M`. Raises `UserError` for anything else."""
+    from megalodon_deploy.verify.signals import parse_count
+
+    return parse_count(text)
 
 
 def _require_packages() -> None:

@@ -29,9 +29,9 @@ from megalodon_deploy.runtime.executors.onnxruntime import has_int8_products, mi
 from megalodon_deploy.runtime.session import open_session
 from megalodon_deploy.verify.compare import Contract
 from megalodon_deploy.verify.comparison import Candidate, RunnerFactory
+from megalodon_deploy.verify.not_run import NotRun
 from megalodon_deploy.verify.onnx_values import OrtValueRunner, open_exact
 from megalodon_deploy.verify.reference import Start
-from megalodon_deploy.verify.report import NotRun
 from megalodon_deploy.verify.runners import CarriedRunner
 from megalodon_deploy.verify.schedule import Schedule
 from megalodon_deploy.verify.session_runner import SessionRunner
@@ -58,8 +58,13 @@ def cpu_candidates(bundle: Bundle) -> tuple[list[Candidate], list[NotRun]]:
         what = f"the graph widened from {precision} to float32, on the CPU"
         load_widened = functools.partial(_load_widened, bundle)
         candidates.append(_onnx_candidate(bundle, "onnxruntime, widened", what, "fp32", load_widened))
-    candidates.append(_session_candidate(bundle, "torch" if missing else "onnxruntime"))
+    candidates.append(_session_candidate(bundle, session_backend(bundle)))
     return candidates, not_run
+
+
+def session_backend(bundle: Bundle) -> str:
+    """The backend of the public runtime that runs this precision on a CPU."""
+    return "torch" if missing_on_cpu(bundle.manifest) else "onnxruntime"
 
 
 def _onnx_candidate(bundle: Bundle, name: str, what: str, precision: Precision, load: Callable[[], Any]) -> Candidate:

@@ -112,23 +112,20 @@ class ContractCompare:
                 tensor=name,
                 kind=wanted[name].kind if name in wanted else "",
             )
-            for finding in self._compare(blank, wanted.get(name), references, found.get(name)):
+            for finding in self.compare_tensor(blank, wanted.get(name), references.get(name), found.get(name)):
                 findings[f"{name} {finding.kind}"] = finding
         self.findings += findings.values()
         return findings
 
-    def _compare(
-        self,
-        blank: Finding,
-        wanted: ExpectedTensor | None,
-        references: Mapping[str, np.ndarray],
-        found: np.ndarray | None,
+    def compare_tensor(
+        self, blank: Finding, wanted: ExpectedTensor | None, expected: np.ndarray | None, found: np.ndarray | None
     ) -> Iterator[Finding]:
+        """Findings of one tensor: `blank` filled in; two of a norm, whose mean and variance are compared apart."""
         problem = _problem(wanted, found)
-        if problem is not None or wanted is None or found is None:
+        if problem is not None or wanted is None or expected is None or found is None:
             yield replace(blank, problem=problem, missed_rows=_broken_rows(found, len(self._schedule.start_positions)))
             return
-        expected = np.asarray(references[wanted.name])
+        expected = np.asarray(expected)
         if wanted.kind == "logits":
             expected = expected[:, -found.shape[1] :]
         assert expected.shape == found.shape, f"Bug: reference {wanted.name} has shape {expected.shape}"

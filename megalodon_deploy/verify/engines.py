@@ -10,7 +10,7 @@ from megalodon_deploy.engine import EngineInfo, check_engine, list_engines
 from megalodon_deploy.engine.library import find_plugin_library
 from megalodon_deploy.verify.candidates import carried_candidate, graph_contract
 from megalodon_deploy.verify.comparison import Candidate
-from megalodon_deploy.verify.report import NotRun
+from megalodon_deploy.verify.not_run import NotRun
 
 
 def engine_candidates(bundle: Bundle) -> tuple[list[Candidate], list[NotRun]]:

@@ -13,6 +13,27 @@ _WORDS = {
     "norm": "norm statistics of layer {}",
 }
 
+_INNER_WORDS = {  # of the graph's tensors within a layer
+    "mega.timenorm": "normalised input",
+    "mega.cema": "moving average",
+    "mega.rmsnorm": "normalised moving average",
+    "mega.rmsnorm_cast": "normalised moving average",
+    "mega.wv_biased": "value projection",
+    "mega.wz": "query and key projection",
+    "mega.wh1": "projection past attention",
+    "mega.wh2": "output projection of attention",
+    "mega.attention.query": "rotated queries",
+    "mega.attention.context": "attention",
+    "mega.gated": "gated attention",
+    "mega.hop": "output of the attention part",
+    "nffn.norm": "input of the feed-forward part",
+    "nffn.norm_cast": "input of the feed-forward part",
+    "nffn.fc1": "first feed-forward product",
+    "nffn.hidden": "hidden units",
+    "nffn.fc2": "second feed-forward product",
+    "nffn.out": "output",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
@@ -66,6 +87,10 @@ class Finding:
 
 def in_words(tensor: str) -> str:
     """`present_cema.1` -> `moving-average state of layer 1 (present_cema.1)`; other names as they are."""
+    parts = tensor.split(".")
+    if parts[0] == "layers":
+        words = _INNER_WORDS.get(".".join(parts[2:]), "")
+        return f"{words} of layer {parts[1]} ({tensor})" if words else tensor
     stem, _, layer = tensor.rpartition(".")
     kind = stem.removeprefix("new_").removeprefix("present_")
     if kind == stem or kind not in _WORDS:

@@ -90,6 +90,8 @@ def _token_position(kind: str, index: tuple[np.intp, ...], shape: tuple[int, ...
         token += int(index[1]) - (shape[1] - 1)
     elif kind in ROW_KINDS:
         token = int(index[ROW_AXIS])
+    elif kind == "activation":  # [B, T, .], or [B, H, T, .]
+        token = int(index[-2])
     return call.positions[int(index[0])] + token
 
 

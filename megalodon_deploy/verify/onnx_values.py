@@ -21,11 +21,17 @@ from megalodon_deploy.runtime.executors.onnxruntime import FLOAT_PRODUCTS, MATMU
 _FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 
-def open_exact(model_path: str | Path) -> onnxruntime.InferenceSession:
-    """On the CPU, with activations that are not rounded to int8 where a matrix is quantised."""
+def open_exact(model: str | Path | bytes, weights: Path | None = None) -> onnxruntime.InferenceSession:
+    """On the CPU, with activations that are not rounded to int8 where a matrix is quantised.
+
+    `model` is a file, or the content of one whose weights lie in the directory `weights`.
+    """
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry(MATMUL_ACCURACY, FLOAT_PRODUCTS)
-    return onnxruntime.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
+    if weights is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
+    source = model if isinstance(model, bytes) else str(model)
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 class OrtValueRunner(OnnxrtRunner):  # type: ignore[misc]  # Polygraphy ships no types

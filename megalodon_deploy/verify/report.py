@@ -5,23 +5,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
+from megalodon_deploy.verify.bisection import Bisection
 from megalodon_deploy.verify.diagnosis import Diagnosis, diagnose
-from megalodon_deploy.verify.finding import Finding
+from megalodon_deploy.verify.finding import Finding, in_words
+from megalodon_deploy.verify.long_stream import LongStream
+from megalodon_deploy.verify.not_run import NotRun
 from megalodon_deploy.verify.schedule import Schedule
+from megalodon_deploy.verify.text import TextAgreement
 from megalodon_deploy.verify.tolerance import KINDS
 
 _MEASURED = ("error", "relative_error", "tolerance", "absolute_error", "expected", "found", "index", "position")
 
 
-@dataclass(frozen=True)
-class NotRun:
-    """A comparison that this machine or this bundle did not allow, and why."""
-
-    what: str
-    why: str
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +30,19 @@ class VerifyReport:
     """The outcome of `verify_bundle`. It passed when something was compared and nothing missed its tolerance."""
 
     bundle: dict[str, str]  # path, name, fingerprint, precision, logits
+    config: dict[str, Any]
     reference: dict[str, Any]  # where the weights came from, and what that checks
     candidates: dict[str, str]  # by name: what was run
     schedules: tuple[Schedule, ...]
     findings: tuple[Finding, ...]
     not_run: tuple[NotRun, ...]
+    text: tuple[TextAgreement, ...]
+    machine: dict[str, str]
     versions: dict[str, str]
     seconds: float
+    date: str = field(default_factory=_now)
+    bisection: Bisection | None = None
+    long_stream: LongStream | None = None
 
     @property
     def misses(self) -> list[Finding]:
@@ -44,7 +51,16 @@ class VerifyReport:
 
     @property
     def passed(self) -> bool:
-        return bool(self.findings) and not self.misses
+        return bool(self.findings) and not self.misses and not self._other_failures()
+
+    def _other_failures(self) -> list[str]:
+        """What went wrong outside the calls of the schedules."""
+        broken = [it.candidate for it in self.text if not it.is_finite]
+        failures = [f"logits that are not finite over text, {candidate}" for candidate in broken]
+        if self.long_stream is not None:
+            missed = [check for check in self.long_stream.checks if not check.passed]
+            failures += [f"long stream: {it.what}: {it.value:.2g}, limit {it.limit:.2g}" for it in missed]
+        return failures
 
     @functools.cached_property
     def diagnoses(self) -> list[Diagnosis]:
@@ -56,8 +72,10 @@ class VerifyReport:
         compared."""
         if not self.findings:
             return "failed: nothing was compared"
-        if not self.misses:
+        if self.passed:
             return f"passed: {len(self.findings)} comparisons within tolerance"
+        if not self.misses:
+            return f"failed: {self._other_failures()[0]}"
         first = self.diagnoses[0]
         return f"failed: {first.name}: {first.explanation}; first {first.first.describe()}"
 
@@ -65,9 +83,19 @@ class VerifyReport:
     def table_header() -> tuple[str, ...]:
         return ("candidate", "tensor", "error", "tolerance", "worst", "verdict")
 
-    def table_rows(self) -> list[tuple[str, ...]]:
+    @functools.cached_property
+    def worst(self) -> list[Finding]:
         """The worst finding of each kind of tensor for each candidate, whichever the reference."""
-        return [_row(finding) for finding in _worst(self.findings)]
+        return _worst(self.findings)
+
+    def table_rows(self) -> list[tuple[str, ...]]:
+        """Of the worst findings."""
+        return [_row(finding) for finding in self.worst]
+
+    def bisection_rows(self) -> list[tuple[str, ...]]:
+        """(tensor, error, tolerance, verdict) of the tensors of the call that was looked into."""
+        findings = () if self.bisection is None else self.bisection.findings
+        return [(in_words(finding.tensor), *_row(finding)[2:4], _row(finding)[-1]) for finding in findings]
 
     def notes(self) -> list[str]:
         """Lines to print below the table: the reference's weights, what was not run, how many comparisons."""
@@ -76,7 +104,9 @@ class VerifyReport:
         looks_like = [f"looks like {diagnosis.describe()}" for diagnosis in self.diagnoses]
         not_run = [f"not run: {item.what}: {item.why}" for item in self.not_run]
         count = self.verdict() if self.passed else f"{len(self.misses)} of {len(self.findings)} comparisons missed"
-        return [reference, *note, *not_run, *looks_like, f"{count}, {self.seconds:.1f} s"]
+        text = [f"text: {agreement.describe()}" for agreement in self.text]
+        bisected = [f"bisection: {self.bisection.describe()}"] if self.bisection is not None else []
+        return [reference, *note, *text, *not_run, *looks_like, *bisected, f"{count}, {self.seconds:.1f} s"]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything above as JSON values; `comparisons` holds the worst tensor of each kind for every call."""
@@ -91,15 +121,21 @@ class VerifyReport:
             "reference": self.reference,
             "candidates": self.candidates,
             "num_compared": len(self.findings),
-            "worst": [_finding_json(finding) for finding in _worst(self.findings)],
+            "worst": [_finding_json(finding) for finding in self.worst],
             "diagnoses": [
                 {"candidate": it.candidate, "name": it.name, "explanation": it.explanation} for it in self.diagnoses
             ],
             "misses": [_finding_json(finding) for finding in self.misses],
             "comparisons": [_finding_json(finding) for group in by_call.values() for finding in _worst(group)],
+            "text": [dataclasses.asdict(agreement) for agreement in self.text],
+            "bisection": None if self.bisection is None else _bisection_json(self.bisection),
+            "long_stream": None if self.long_stream is None else self.long_stream.to_dict(),
+            "config": self.config,
+            "machine": self.machine,
             "schedules": [dataclasses.asdict(schedule) for schedule in self.schedules],
             "not_run": [dataclasses.asdict(item) for item in self.not_run],
             "versions": self.versions,
+            "date": self.date,
             "seconds": round(self.seconds, 3),
         }
 
@@ -123,8 +159,18 @@ def _row(finding: Finding) -> tuple[str, ...]:
     place = f"{finding.tensor}, {finding.schedule} call {finding.call}, {finding.reference}"
     if finding.problem is not None:
         return (finding.candidate, finding.kind, "-", "-", place, f"{verdict}: {finding.problem}")
-    numbers = (f"{finding.error:.1e}", f"{finding.tolerance:.1e}")
+    numbers = (f"{max(finding.error, finding.relative_error):.1e}", f"{finding.tolerance:.1e}")
     return (finding.candidate, finding.kind, *numbers, place, verdict)
+
+
+def _bisection_json(bisection: Bisection) -> dict[str, Any]:
+    return {
+        "schedule": bisection.schedule,
+        "call": bisection.call,
+        "precision": bisection.precision,
+        "verdict": bisection.describe(),
+        "tensors": [_finding_json(finding) for finding in bisection.findings],
+    }
 
 
 def _finding_json(finding: Finding) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 An error is measured against a scale taken from the reference, never against single elements: a logit near zero has no
 relative precision. Scales:
 
-- logits, key and value rows, CEMA state: the largest magnitude of that tensor in that row of the batch;
+- logits, activations, key and value rows, CEMA state: the largest magnitude of that tensor in that row of the batch;
 - a norm's mean: the root mean square sqrt(mean^2 + var) of what the group has seen. An input error dx moves the mean
   by at most dx, and dx is relative to the inputs' own size;
 - a norm's variance: sqrt(var + eps) * sqrt(mean^2 + var + eps), since dvar = 2 * std * dx. Both are float64 numbers
@@ -34,7 +34,7 @@ import math
 from megalodon_deploy.bundle import Precision
 from megalodon_deploy.config import MegalodonConfig
 
-KINDS = ("logits", "key", "value", "key_scale", "value_scale", "cema", "norm mean", "norm var")
+KINDS = ("logits", "activation", "key", "value", "key_scale", "value_scale", "cema", "norm mean", "norm var")
 ROW_KINDS = ("key", "value", "key_scale", "value_scale")
 
 FLOAT32_AGREEMENT = 2e-5

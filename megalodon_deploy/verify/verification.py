@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from polygraphy.comparator import RunResults
 
 from megalodon_deploy.bundle import Bundle
-from megalodon_deploy.verify.candidates import ACTIVATIONS, cpu_candidates
+from megalodon_deploy.errors import UserError
+from megalodon_deploy.model.megalodon import Megalodon
+from megalodon_deploy.runtime.session import open_session
+from megalodon_deploy.verify.bisection import Bisection, bisect
+from megalodon_deploy.verify.candidates import ACTIVATIONS, cpu_candidates, session_backend
 from megalodon_deploy.verify.comparison import (
     Candidate,
     Tick,
@@ -22,15 +25,27 @@ from megalodon_deploy.verify.comparison import (
 )
 from megalodon_deploy.verify.engines import engine_candidates
 from megalodon_deploy.verify.finding import Finding
+from megalodon_deploy.verify.long_stream import run_long_stream
+from megalodon_deploy.verify.machine import describe_machine, describe_versions
+from megalodon_deploy.verify.not_run import NotRun
 from megalodon_deploy.verify.reference import CallByCallRunner, Start, WholeSequenceRunner, make_start
-from megalodon_deploy.verify.report import NotRun, VerifyReport
+from megalodon_deploy.verify.report import VerifyReport
 from megalodon_deploy.verify.runners import Feed, make_feeds
 from megalodon_deploy.verify.schedule import Schedule, plan_schedules
+from megalodon_deploy.verify.text import TextAgreement, TextReading, compare_text, default_text, read_text
 from megalodon_deploy.verify.weights import WeightSource, load_reference
 
 Progress = Callable[[str, float], None]
 
-_PACKAGES = ("megalodon-deploy", "numpy", "onnx", "onnxruntime", "polygraphy", "torch")
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """See `megalodon_deploy.verify.verify_bundle`."""
+
+    ckpt: str | Path | None = None
+    bisect: bool = False
+    text: str | Path | None = None
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +58,16 @@ class _Prepared:
     references: list[RunResults]
 
 
-def run_verification(bundle: Bundle, ckpt: str | Path | None, progress: Progress | None) -> VerifyReport:
+@dataclass(frozen=True)
+class _Reference:
+    """All that the reference model computed, so that it is gone before another one is loaded."""
+
+    prepared: list[_Prepared]
+    source: WeightSource
+    reading: TextReading | NotRun
+
+
+def run_verification(bundle: Bundle, options: VerifyOptions, progress: Progress | None) -> VerifyReport:
     """See `megalodon_deploy.verify.verify_bundle`."""
     begin = time.perf_counter()
     schedules = plan_schedules(bundle.config)
@@ -51,29 +75,35 @@ def run_verification(bundle: Bundle, ckpt: str | Path | None, progress: Progress
     on_gpu, not_anywhere = engine_candidates(bundle)
     candidates, not_run = on_cpu + on_gpu, not_here + not_anywhere
     tick = _meter(progress, schedules, candidates)
-    prepared, source = _compute_references(bundle, ckpt, schedules, tick)
+    reference = _compute_references(bundle, options, schedules, tick)
     findings: list[Finding] = []
     for candidate in candidates:
-        found, left_out = _run(candidate, prepared, bundle, tick)
+        found, left_out = _run(candidate, reference.prepared, bundle, tick)
         findings += found
         not_run += left_out
-    return VerifyReport(
+    agreements, left_out = _compare_text(bundle, reference.reading, progress)
+    report = VerifyReport(
         bundle=_describe(bundle),
-        reference=asdict(source),
+        config=bundle.config.to_dict(),
+        reference=asdict(reference.source),
         candidates={candidate.name: candidate.what for candidate in candidates},
         schedules=schedules,
         findings=tuple(findings),
-        not_run=tuple(not_run),
-        versions={package: version(package) for package in _PACKAGES},
-        seconds=time.perf_counter() - begin,
+        not_run=(*not_run, *left_out),
+        text=tuple(agreements),
+        machine=describe_machine(),
+        versions=describe_versions(),
+        seconds=0.0,
     )
+    bisection = _bisect(bundle, options, report) if options.bisect else None
+    long_stream = None if options.tokens is None else run_long_stream(bundle, options.tokens, progress)
+    return replace(report, bisection=bisection, long_stream=long_stream, seconds=time.perf_counter() - begin)
 
 
 def _compute_references(
-    bundle: Bundle, ckpt: str | Path | None, schedules: tuple[Schedule, ...], tick: Tick
-) -> tuple[list[_Prepared], WeightSource]:
-    """All of them first, so that the model is gone before another one is loaded."""
-    model, source = load_reference(bundle, ckpt)
+    bundle: Bundle, options: VerifyOptions, schedules: tuple[Schedule, ...], tick: Tick
+) -> _Reference:
+    model, source = load_reference(bundle, options.ckpt)
     activation = ACTIVATIONS[bundle.manifest.precision]
     prepared = []
     for seed, schedule in enumerate(schedules):
@@ -84,7 +114,44 @@ def _compute_references(
             CallByCallRunner(model, schedule, start, name="PyTorch, call by call"),
         ]
         prepared.append(_Prepared(schedule, feeds, start, run_references(schedule, runners, feeds, tick)))
-    return prepared, source
+    return _Reference(prepared, source, _read_text(bundle, model, options.text))
+
+
+def _read_text(bundle: Bundle, model: Megalodon, chosen: str | Path | None) -> TextReading | NotRun:
+    """A text that the user chose has to be readable; the default one may not fit the model."""
+    if chosen is not None:
+        return read_text(bundle, model, Path(chosen))
+    try:
+        return read_text(bundle, model, default_text())
+    except UserError as error:
+        return NotRun("text", str(error))
+
+
+def _compare_text(
+    bundle: Bundle, reading: TextReading | NotRun, progress: Progress | None
+) -> tuple[list[TextAgreement], list[NotRun]]:
+    """Every backend of this machine, read through the public runtime."""
+    if isinstance(reading, NotRun):
+        return [], [reading]
+    backend = session_backend(bundle)
+    if progress is not None:
+        progress("text", 1.0)
+    try:
+        return [compare_text(open_session(bundle, backend), reading, f"{backend} session")], []
+    except UserError as error:
+        return [], [NotRun(f"text with {backend}", str(error))]
+
+
+def _bisect(bundle: Bundle, options: VerifyOptions, report: VerifyReport) -> Bisection | None:
+    """Of the schedule whose miss is nearest to the cause; None where nothing missed or no graph can be run."""
+    first = next((diagnosis.first for diagnosis in report.diagnoses), None)
+    if first is None:
+        return None
+    seed, schedule = next(
+        (seed, schedule) for seed, schedule in enumerate(report.schedules) if schedule.name == first.schedule
+    )
+    model, _ = load_reference(bundle, options.ckpt)
+    return bisect(bundle, model, schedule, seed)
 
 
 def _run(

@@ -58,6 +58,10 @@ def swap_value_heads(weight: np.ndarray) -> np.ndarray:
     return np.roll(weight, small_config().value_head_dim, axis=1)
 
 
+def swap_tokens(weight: np.ndarray) -> np.ndarray:
+    return np.roll(weight, 1, axis=1)
+
+
 def one_nan(weight: np.ndarray) -> np.ndarray:
     weight[0, 0] = np.nan
     return weight

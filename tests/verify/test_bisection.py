@@ -23,15 +23,22 @@ from megalodon_deploy.verify.schedule import plan_schedules
 from megalodon_deploy.verify.taps import collect, tapped_names
 
 
-def scale_silently(value: str) -> Fault:
-    """A tensor between two others is a thousandth too large."""
+def bend(value: str) -> Fault:
+    """x + x^2/100 instead of x, inside the graph; a mere factor would not show behind a norm."""
 
     def apply(model: onnx.ModelProto) -> None:
         producer = node(model, value)
         producer.output[list(producer.output).index(value)] = f"{value}.right"
-        model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(1.001), "constants.factor"))
-        wrong = helper.make_node("Mul", [f"{value}.right", "constants.factor"], [value])
-        model.graph.node.insert(list(model.graph.node).index(producer) + 1, wrong)
+        right, square, part = f"{value}.right", f"{value}.square", f"{value}.part"
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(0.01), "constants.part"))
+        wrong = [
+            helper.make_node("Mul", [right, right], [square]),
+            helper.make_node("Mul", [square, "constants.part"], [part]),
+            helper.make_node("Add", [right, part], [value]),
+        ]
+        place = list(model.graph.node).index(producer) + 1
+        for index, extra in enumerate(wrong):
+            model.graph.node.insert(place + index, extra)
 
     apply.__name__ = value
     return apply
@@ -40,11 +47,11 @@ def scale_silently(value: str) -> Fault:
 @pytest.mark.parametrize(
     ("fault", "tensor"),
     [
-        (scale_silently("layers.0.mega.cema"), "layers.0.mega.cema"),
-        (scale_silently("layers.1.mega.gated"), "layers.1.mega.gated"),
-        (scale_silently("layers.1.mega.hop"), "layers.1.mega.hop"),
-        (scale_silently("layers.0.nffn.hidden"), "layers.0.nffn.hidden"),
-        (scale_silently("layers.1.nffn.out"), "layers.1.nffn.out"),
+        (bend("layers.0.mega.cema"), "layers.0.mega.cema"),
+        (bend("layers.1.mega.gated"), "layers.1.mega.gated"),
+        (bend("layers.1.mega.hop"), "layers.1.mega.hop"),
+        (bend("layers.0.nffn.hidden"), "layers.0.nffn.hidden"),
+        (bend("layers.1.nffn.out"), "layers.1.nffn.out"),
         (change_weight("layers.0.nffn.fc1.weight", faults.one_nan), "layers.0.nffn.fc1"),
         (faults.rotate_from_the_wrong_row, "layers.0.mega.attention.query"),
         (faults.look_one_row_too_far, "layers.0.mega.attention.context"),
@@ -76,7 +83,7 @@ def test_in_a_right_graph_every_tensor_is_right(
 ) -> None:
     bundle = export_seeded(tmp_path, small_config(vocab_size=256, **switches), precision=precision)
     model = load_bundle_model(bundle)
-    for seed, schedule in enumerate(plan_schedules(bundle.config)):
+    for seed, schedule in enumerate(plan_schedules(bundle.config)[:2]):
         bisection = bisect(bundle, model, schedule, seed)
         assert bisection.call == len(schedule.calls) - 1
         assert bisection.first is None, bisection.describe()

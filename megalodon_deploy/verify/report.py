@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -127,9 +128,9 @@ class VerifyReport:
             ],
             "misses": [_finding_json(finding) for finding in self.misses],
             "comparisons": [_finding_json(finding) for group in by_call.values() for finding in _worst(group)],
-            "text": [dataclasses.asdict(agreement) for agreement in self.text],
+            "text": _without_nan([dataclasses.asdict(agreement) for agreement in self.text]),
             "bisection": None if self.bisection is None else _bisection_json(self.bisection),
-            "long_stream": None if self.long_stream is None else self.long_stream.to_dict(),
+            "long_stream": None if self.long_stream is None else _without_nan(self.long_stream.to_dict()),
             "config": self.config,
             "machine": self.machine,
             "schedules": [dataclasses.asdict(schedule) for schedule in self.schedules],
@@ -161,6 +162,15 @@ def _row(finding: Finding) -> tuple[str, ...]:
         return (finding.candidate, finding.kind, "-", "-", place, f"{verdict}: {finding.problem}")
     numbers = (f"{max(finding.error, finding.relative_error):.1e}", f"{finding.tolerance:.1e}")
     return (finding.candidate, finding.kind, *numbers, place, verdict)
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null in their place."""
+    if isinstance(value, dict):
+        return {name: _without_nan(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _bisection_json(bisection: Bisection) -> dict[str, Any]:

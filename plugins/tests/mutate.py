@@ -78,14 +78,14 @@ class Stage:
     builder: Builder
     environment: Callable[[Path], dict[str, str]]  # of a process that loads this library
 
-    def passes(self, library: Path, operator: str) -> bool:
-        """Whether every check of `operator` passes with `library`."""
+    def passes(self, operator: str, mutant: Mutant | None) -> bool:
+        """Whether every check of `operator` passes with this mutant, or with the kernels as they are."""
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *map(str, checks_of(operator))]
-        environment = self.environment(library) | {"OMP_NUM_THREADS": "1"}
+        environment = self.environment(self.builder.library) | self.builder.environment(mutant)
         try:
             done = subprocess.run(
                 command,
-                env=environment,
+                env=environment | {"OMP_NUM_THREADS": "1"},
                 cwd=PLUGINS.parent,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -101,21 +101,21 @@ def plain_environment(library: Path) -> dict[str, str]:
     return os.environ | {"MEGALODON_EMULATED_LIBRARY": str(library)}
 
 
-def stages() -> list[Stage]:
+def stages(mutants: Sequence[Mutant]) -> list[Stage]:
     """Plain first: it is faster, and few mutants are left for the sanitizers."""
     return [
-        Stage(Builder(BUILD / "plain", []), plain_environment),
-        Stage(Builder(BUILD / "sanitized", FLAGS), sanitizer_environment),
+        Stage(Builder(BUILD / "plain", [], mutants), plain_environment),
+        Stage(Builder(BUILD / "sanitized", FLAGS, mutants), sanitizer_environment),
     ]
 
 
 def try_mutant(all_stages: Sequence[Stage], mutant: Mutant) -> Outcome:
     for stage in all_stages:
-        with stage.builder.mutant(mutant) as library:
-            if library is None:
-                return Outcome(mutant, BROKEN)
-            if not stage.passes(library, mutant.operator):
-                return Outcome(mutant, KILLED)
+        passed = stage.passes(mutant.operator, mutant)
+        if mutant.key in stage.builder.broken:
+            return Outcome(mutant, BROKEN)
+        if not passed:
+            return Outcome(mutant, KILLED)
     return Outcome(mutant, SURVIVED)
 
 
@@ -123,7 +123,7 @@ def check_originals(all_stages: Sequence[Stage], operators: Iterable[str]) -> No
     """Raises RuntimeError when checks fail on the kernels as they are: no mutant could be told from that."""
     for stage in all_stages:
         for operator in operators:
-            if not stage.passes(stage.builder.original(), operator):
+            if not stage.passes(operator, None):
                 raise RuntimeError(f"the checks of {operator} fail on the kernels as they are: {stage.builder.folder}")
 
 
@@ -194,7 +194,7 @@ def main() -> int:
         print("a C++ compiler is needed: apt-get install g++", file=sys.stderr)
         return 2
     allowed = allowed_survivors()
-    all_stages = stages()
+    all_stages = stages(everything)
     if options.sample is None:  # a sample runs beside these very checks
         check_originals(all_stages, sorted({mutant.operator for mutant in chosen}))
     outcomes = run(all_stages, chosen, options.jobs)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from mutants import Mutant, find_mutants
+from mutants import Mutant, find_mutants, instrument
 from mutate import BROKEN, KILLED, SURVIVED, Outcome, all_mutants, allowed_survivors, complaints, sample_of, table
 
 SAMPLE = 4
@@ -18,7 +18,9 @@ __global__ void kernel(Call call) {
     const bool is_inside = index < call.B && index >= 0;
     if (index >= call.B) return;
     if (is_inside && lane == 0) { y[index] = 1; }
+    constexpr int kHalf = kLanes > 1 ? kLanes / 2 : 1;
     if constexpr (kLanes > 1) sum = __shfl_xor_sync(kWholeWarp, sum, 1);
+    for (int i = 0; i < kLanes; ++i) x += i;
     for (int64_t t = lane; t < call.T; t += kWarpSize) { x += t; }
     const float past = fresh ? 0.0f : call.past[row];
     return a.count == 0 ? f(b, c) : c;
@@ -30,7 +32,7 @@ __global__ void kernel(Call call) {
 
 
 def changes(mutants: list[Mutant]) -> list[tuple[int, str, str, str]]:
-    return [(mutant.line, mutant.kind, SOURCE[mutant.start : mutant.end], mutant.replacement) for mutant in mutants]
+    return [(mutant.line, mutant.kind, SOURCE[mutant.start : mutant.end], mutant.becomes) for mutant in mutants]
 
 
 def test_every_removal_is_found() -> None:
@@ -43,27 +45,71 @@ def test_every_removal_is_found() -> None:
         (5, "bound", "is_inside", "true"),
         (5, "bound", "is_inside && lane == 0", "true"),
         (5, "bound", "lane == 0", "true"),
-        (6, "lane mask", "kWholeWarp", "((kWholeWarp) >> 1)"),
-        (7, "loop bound", "<", "<="),
-        (8, "select", "fresh", "false"),
-        (8, "select", "fresh", "true"),
-        (9, "select", "a.count == 0", "false"),
-        (9, "select", "a.count == 0", "true"),
-        (10, "barrier", "__syncthreads()", "(void)0"),
-        (11, "barrier", "__syncwarp(mask)", "(void)0"),
-        (12, "barrier", "__syncthreads()", "(void)0"),
+        (7, "lane mask", "kWholeWarp", ">> 1"),
+        (9, "loop bound", "call.T", "+ 1"),
+        (10, "select", "fresh", "false"),
+        (10, "select", "fresh", "true"),
+        (11, "select", "a.count == 0", "false"),
+        (11, "select", "a.count == 0", "true"),
+        (12, "barrier", "__syncthreads()", "nothing"),
+        (13, "barrier", "__syncwarp(mask)", "nothing"),
+        (14, "barrier", "__syncthreads()", "nothing"),
     ]
 
 
-def test_a_mutant_differs_in_one_place_and_has_a_name_of_its_own() -> None:
+def test_names_do_not_depend_on_lines() -> None:
     mutants = find_mutants("operators/one/kernel.cuh", SOURCE)
     assert len({mutant.key for mutant in mutants}) == len(mutants)
     assert {mutant.operator for mutant in mutants} == {"one"}
     moved = find_mutants("operators/one/kernel.cuh", "\n" + SOURCE)
     assert [mutant.key for mutant in moved] == [mutant.key for mutant in mutants]
-    for mutant in mutants:
-        text = mutant.apply(SOURCE)
-        assert text == SOURCE[: mutant.start] + mutant.replacement + SOURCE[mutant.end :] != SOURCE
+
+
+PROGRAM = """
+#include <cstdio>
+#define MGD_MUTANT(number) (chosen == number)
+int chosen = 0;
+void __syncthreads() { std::printf("barrier "); }
+unsigned __ballot_sync(unsigned mask, bool) { return mask; }
+TEXT
+int main() {
+    for (chosen = 0; chosen <= COUNT; ++chosen) { kernel(3); std::printf("|"); }
+    return 0;
+}
+"""
+FUNCTION = """
+void kernel(int n) {
+    const bool small = n < 2 && n >= 0;
+    if (small) std::printf("small ");
+    for (int i = 0; i < n; ++i) std::printf("%d ", i);
+    std::printf("%s ", n > 5 ? "big" : "not");
+    __syncthreads();
+    std::printf("%u", __ballot_sync(8u, true));
+}
+"""
+
+
+def test_each_number_chooses_one_mutant(tmp_path: Path) -> None:
+    mutants = find_mutants("operators/one/kernel.cuh", FUNCTION)
+    numbers = {mutant.key: number for number, mutant in enumerate(mutants, 1)}
+    text = PROGRAM.replace("TEXT", instrument(FUNCTION, mutants, numbers)).replace("COUNT", str(len(mutants)))
+    (tmp_path / "program.cpp").write_text(text)
+    subprocess.run(["c++", "-o", tmp_path / "program", tmp_path / "program.cpp"], check=True)
+    printed = subprocess.run([tmp_path / "program"], capture_output=True, text=True, check=True).stdout.split("|")
+    assert printed[0] == "0 1 2 not barrier 8"
+    found = {(mutant.becomes, FUNCTION[mutant.start : mutant.end]): printed[numbers[mutant.key]] for mutant in mutants}
+    assert found == {
+        ("true", "n < 2"): "small 0 1 2 not barrier 8",
+        ("true", "n >= 0"): printed[0],
+        ("true", "n < 2 && n >= 0"): "small 0 1 2 not barrier 8",
+        ("false", "n < 2 && n >= 0"): printed[0],
+        ("true", "small"): "small 0 1 2 not barrier 8",
+        ("+ 1", "n"): "0 1 2 3 not barrier 8",
+        ("true", "n > 5"): "0 1 2 big barrier 8",
+        ("false", "n > 5"): printed[0],
+        ("nothing", "__syncthreads()"): "0 1 2 not 8",
+        (">> 1", "8u"): "0 1 2 not barrier 4",
+    }
 
 
 def test_the_report_counts_and_complains() -> None:

@@ -103,12 +103,19 @@ def choose_token(logits_V: np.ndarray, params: SamplingParams, recent: Sequence[
     return int(tokens[min(index, len(tokens) - 1)])
 
 
-def penalise(scores_V: np.ndarray, recent: Sequence[int], params: SamplingParams) -> np.ndarray:
-    """Scores with the repetition penalty applied once to every distinct token of the window."""
+def penalised_tokens(recent: Sequence[int], params: SamplingParams) -> np.ndarray:
+    """The distinct tokens of the window, int64, to which the repetition penalty applies; none without a penalty."""
     window = recent[len(recent) - min(params.repetition_window, len(recent)) :]
     if params.repetition_penalty == 1.0 or not window:
+        return np.zeros(0, np.int64)
+    return np.unique(np.asarray(window, np.int64))
+
+
+def penalise(scores_V: np.ndarray, recent: Sequence[int], params: SamplingParams) -> np.ndarray:
+    """Scores with the repetition penalty applied once to every distinct token of the window."""
+    seen = penalised_tokens(recent, params)
+    if not len(seen):
         return scores_V
-    seen = np.unique(np.asarray(window, np.int64))
     penalised_V = scores_V.copy()
     values = scores_V[seen]
     penalised_V[seen] = np.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)

@@ -50,6 +50,7 @@ def device_images(path: Path) -> set[tuple[int, int]]:
 def test_only_the_intended_names_are_exported(plugin_path: Path) -> None:
     functions = {"abi_version", "status_string", "complex_ema", "timestep_norm", "timestep_norm_workspace_bytes"}
     functions |= {"chunk_attention", "chunk_attention_workspace_bytes", "append_rows"}
+    functions |= {"choose_tokens", "choose_tokens_workspace_bytes"}
     assert exports(plugin_path) == {"getCreators", "setLoggerFinder"} | {f"mgd_{name}" for name in functions}
     assert exports(plugin_path.parent / library.REGISTER_FILE) == set()
 

@@ -11,17 +11,20 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnxruntime
 
 from megalodon_deploy.bundle import Bundle
 from megalodon_deploy.errors import EngineError
-from megalodon_deploy.runtime.cuda.kernels import Append
+from megalodon_deploy.runtime.cuda.kernels import CHOICE_DTYPE, Append
 from megalodon_deploy.runtime.cuda.layout import Tensor
 from megalodon_deploy.runtime.cuda.memory import CudaMemory
 from megalodon_deploy.runtime.executors.base import activation_dtype
 from megalodon_deploy.runtime.executors.onnxruntime_cuda import OnnxRuntimeEngine
+from megalodon_deploy.runtime.sampling import Choice, SamplingParams
 
 MARGIN = 256
 Work = Callable[[], None]
@@ -207,7 +210,7 @@ class FakeGpu:
 
 
 class FakeKernels:
-    """mgd_append_rows as its header describes it."""
+    """mgd_append_rows and mgd_choose_tokens as their header describes them."""
 
     def __init__(self, gpu: FakeGpu) -> None:
         self.gpu = gpu
@@ -240,6 +243,64 @@ class FakeKernels:
                     memory[row, :, start : start + num_tokens] = new[row]
 
         self.gpu.enqueue(work)
+
+    def choose_tokens_workspace_bytes(self, batch: int, vocab_size: int) -> int:
+        return 8 * batch * vocab_size
+
+    def choose_tokens(
+        self,
+        *,
+        logits: int,
+        choices: int,
+        recent: int,
+        tokens: int,
+        workspace: int,
+        workspace_bytes: int,
+        batch: int,
+        vocab_size: int,
+        max_recent: int,
+        stream: int,
+    ) -> None:
+        assert stream == self.gpu.stream
+        assert workspace_bytes == 8 * batch * vocab_size
+        sizes = {logits: 4 * vocab_size, choices: CHOICE_DTYPE.itemsize, recent: 8 * max_recent, tokens: 8}
+        for address, row_bytes in (sizes | {workspace: 8 * vocab_size}).items():
+            self.gpu.check_device(address, batch * row_bytes)
+
+        def work() -> None:
+            logits_BV, choices_B, recent_BR, tokens_B = (
+                host_bytes(address, batch * row_bytes).view(kind).reshape(batch, -1)
+                for (address, row_bytes), kind in zip(
+                    sizes.items(), (np.float32, CHOICE_DTYPE, np.int64, np.int64), strict=True
+                )
+            )
+            for row in range(batch):
+                choice = choices_B[row, 0]
+                if choice["is_wanted"]:
+                    params = SamplingParams(
+                        temperature=float(choice["temperature"]),
+                        top_k=int(choice["top_k"]) or None,
+                        top_p=float(choice["top_p"]),
+                        min_p=float(choice["min_p"]),
+                        repetition_penalty=float(choice["repetition_penalty"]),
+                        repetition_window=max_recent,
+                    )
+                    seen = recent_BR[row, : choice["num_recent"]].tolist()
+                    generator: Any = Drawn(float(choice["uniform"]))
+                    token = Choice(params, seen, generator).of(logits_BV[row])
+                    tokens_B[row] = -1 if token is None else token
+
+        self.gpu.enqueue(work)
+
+
+@dataclass
+class Drawn:
+    """A generator whose next number is known."""
+
+    number: float
+
+    def uniform(self) -> float:
+        return self.number
 
 
 class FakeEngine:

@@ -7,9 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from megalodon_deploy.errors import EngineError
 
-_I64, _POINTER = ctypes.c_int64, ctypes.c_void_p
+_I64, _POINTER, _SIZE = ctypes.c_int64, ctypes.c_void_p, ctypes.c_size_t
+CHOICE_DTYPE = np.dtype(  # struct mgd_choice
+    [(name, np.float64) for name in ("temperature", "top_p", "min_p", "repetition_penalty", "uniform")]
+    + [(name, np.int64) for name in ("top_k", "num_recent", "is_wanted")]
+)
 
 
 @dataclass(frozen=True)
@@ -33,10 +39,14 @@ class Kernels:
         try:
             library = ctypes.CDLL(str(path))
             self._append_rows = library.mgd_append_rows
+            self._choose_tokens = library.mgd_choose_tokens
+            self._workspace_bytes = library.mgd_choose_tokens_workspace_bytes
             self._status_string = library.mgd_status_string
         except (OSError, AttributeError) as error:
             raise EngineError(f"{path} is no libmegalodon of this release ({error}); build it again") from error
         self._append_rows.argtypes = [ctypes.POINTER(_Append), *[_I64] * 5, _POINTER, _POINTER]
+        self._choose_tokens.argtypes = [_I64, _I64, *[_POINTER] * 3, _I64, _POINTER, _POINTER, _SIZE, _POINTER]
+        self._workspace_bytes.argtypes, self._workspace_bytes.restype = [_I64, _I64], _SIZE
         self._status_string.restype = ctypes.c_char_p
 
     def append_rows(
@@ -56,6 +66,32 @@ class Kernels:
         """
         table = (_Append * len(appends))(*[_Append(a.rows, a.memory, a.heads, a.row_bytes) for a in appends])
         self._check(self._append_rows(table, len(appends), batch, num_tokens, capacity, chunk_size, position, stream))
+
+    def choose_tokens_workspace_bytes(self, batch: int, vocab_size: int) -> int:
+        return int(self._workspace_bytes(batch, vocab_size))
+
+    def choose_tokens(
+        self,
+        *,
+        logits: int,
+        choices: int,
+        recent: int,
+        tokens: int,
+        workspace: int,
+        workspace_bytes: int,
+        batch: int,
+        vocab_size: int,
+        max_recent: int,
+        stream: int,
+    ) -> None:
+        """Enqueue choosing a token for each row. Device addresses: logits [B, V] float32, choices [B] of
+        `CHOICE_DTYPE`, recent [B, max_recent] int64, tokens [B] int64, to which -1 goes for logits that are not
+        finite."""
+        self._check(
+            self._choose_tokens(
+                batch, vocab_size, logits, choices, recent, max_recent, tokens, workspace, workspace_bytes, stream
+            )
+        )
 
     def _check(self, status: int) -> None:
         if status:

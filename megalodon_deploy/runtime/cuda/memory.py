@@ -18,6 +18,7 @@ from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.errors import EngineError, UserError
 from megalodon_deploy.runtime.cuda.arena import Arena
 from megalodon_deploy.runtime.cuda.capture import StepGraphs
+from megalodon_deploy.runtime.cuda.chooser import TokenChooser
 from megalodon_deploy.runtime.cuda.engine import Context, Engine
 from megalodon_deploy.runtime.cuda.gpu import Gpu
 from megalodon_deploy.runtime.cuda.kernels import Append, Kernels
@@ -62,6 +63,7 @@ class CudaMemory:
             self._halves = [self._arena.device(layout.pair_sizes()) for _ in range(2)]
             self._scratch = self._arena.device(layout.scratch_sizes())
             self._steps = self._ring(2, num_tokens=1)
+            self._chooser = TokenChooser(self._gpu, self._arena, executor.kernels, num_slots, layout.vocab_size)
             self._host_logits = self._arena.pinned(layout.logits.slot_bytes)
         self._past = 0  # which half holds the present state
         self._positions = np.zeros(num_slots, np.int64)
@@ -191,8 +193,8 @@ class CudaMemory:
         return DeviceArray(self._pair_address(logits, slot), logits.shape, logits.dtype, self._gpu.stream, self)
 
     def choose(self, choices: Mapping[int, Choice]) -> dict[int, int]:
-        tokens = {slot: choice.of(self.logits(slot)) for slot, choice in choices.items()}
-        return {slot: token for slot, token in tokens.items() if token is not None}
+        with self._gpu.current():
+            return self._chooser.choose(self._halves[self._past][LOGITS], choices)
 
     # Whole streams.
 

@@ -136,6 +136,35 @@ struct mgd_append {
 MGD_API int mgd_append_rows(const struct mgd_append* tensors, int64_t count, int64_t B, int64_t T, int64_t S, int64_t C,
                             const int64_t* position, void* stream);
 
+/* How to choose the next token of a row: the fields of SamplingParams, which says what they mean. */
+struct mgd_choice {
+    double temperature; /* 0: the most probable token */
+    double top_p;       /* above 0; 1: all */
+    double min_p;       /* 0: all */
+    double repetition_penalty;
+    double uniform;     /* the number to draw with, from 0 up to but not 1 */
+    int64_t top_k;      /* 0: all */
+    int64_t num_recent; /* of the row's tokens in `recent` */
+    int64_t is_wanted;  /* 0: the row is left out, and its token is not written */
+};
+
+/* Bytes of device memory that mgd_choose_tokens needs as workspace. */
+MGD_API size_t mgd_choose_tokens_workspace_bytes(int64_t B, int64_t V);
+
+/* Chooses a token for each row. -1 stands for logits that nothing can be chosen from: one is NaN or infinite upwards,
+ * or all are -inf.
+ *
+ * logits    [B, V]           float32; V up to MGD_MAX_VOCABULARY
+ * choices   [B]              device memory
+ * recent    [B, max_recent]  int64, tokens that the repetition penalty applies to, each once, all below V
+ * tokens    [B]              int64, output
+ * workspace device memory of at least mgd_choose_tokens_workspace_bytes, 16-byte aligned; contents are of no meaning
+ */
+#define MGD_MAX_VOCABULARY (1 << 24)
+MGD_API int mgd_choose_tokens(int64_t B, int64_t V, const float* logits, const struct mgd_choice* choices,
+                              const int64_t* recent, int64_t max_recent, int64_t* tokens, void* workspace,
+                              size_t workspace_bytes, void* stream);
+
 #ifdef __cplusplus
 }
 #endif

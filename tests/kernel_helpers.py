@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 from helpers import assert_close
 from model.reference import complex_ema_reference, timestep_norm_reference
+from operator_gradients import complex_ema_loop, gradients_of, timestep_norm_loop
 
 from megalodon_deploy.state import COMPLEX_PARTS, NORM_PARTS, pack_norm
 
@@ -27,6 +28,8 @@ DTYPE_NUMBERS = {"float32": 0, "float16": 1, "bfloat16": 2}  # enum mgd_dtype
 Y_TOLERANCES = {"float32": 3e-6, "float16": 6e-4, "bfloat16": 5e-3}
 STATE_TOLERANCE = 3e-6
 NORM_STATE_TOLERANCE = 3e-7
+SPLIT_TOLERANCE = 1e-8  # of norm states: a token's own moments are float32 sums, in another order for few tokens
+GRADIENT_TOLERANCE = 3e-6  # of states and coefficients, which are float32 sums over rows and tokens
 EPSILON = 1e-5
 MARGIN = int(os.environ.get("MEGALODON_TEST_MARGIN", "1024"))  # elements; 0 under AddressSanitizer, which has its own
 
@@ -57,25 +60,25 @@ class HostMemory:
 
 
 class Tensor:
-    """An array in `memory` between two margins."""
+    """An array in `memory` between two margins of `margin` elements."""
 
-    def __init__(self, memory: Memory, values: Array) -> None:
-        self.memory, self.shape, self.dtype = memory, values.shape, values.dtype
-        margin = np.full(MARGIN, _poison(values.dtype), values.dtype)
-        self.padded = np.concatenate([margin, np.ascontiguousarray(values).reshape(-1), margin])
+    def __init__(self, memory: Memory, values: Array, margin: int = MARGIN) -> None:
+        self.memory, self.shape, self.dtype, self.margin = memory, values.shape, values.dtype, margin
+        edge = np.full(margin, _poison(values.dtype), values.dtype)
+        self.padded = np.concatenate([edge, np.ascontiguousarray(values).reshape(-1), edge])
         self.buffer = memory.upload(self.padded)
 
     @property
     def pointer(self) -> ctypes.c_void_p:
-        return ctypes.c_void_p(self.memory.address(self.buffer) + MARGIN * self.dtype.itemsize)
+        return ctypes.c_void_p(self.memory.address(self.buffer) + self.margin * self.dtype.itemsize)
 
     def read(self) -> Array:
         """The values; fails when a margin has changed."""
         found = self.memory.download(self.buffer)
-        end = found.size - MARGIN
-        for part in (slice(None, MARGIN), slice(end, None)):
+        end = found.size - self.margin
+        for part in (slice(None, self.margin), slice(end, None)):
             assert found[part].tobytes() == self.padded[part].tobytes(), "written outside the tensor"
-        return found[MARGIN:end].reshape(self.shape)
+        return found[self.margin : end].reshape(self.shape)
 
     def is_unchanged(self) -> bool:
         return self.memory.download(self.buffer).tobytes() == self.padded.tobytes()
@@ -86,61 +89,107 @@ def _poison(dtype: np.dtype) -> Any:
 
 
 class KernelLibrary:
-    """The two operators of one library file."""
+    """The two operators of one library file. Tensors start on 16 bytes with the default margin, else they do not."""
 
-    def __init__(self, path: Path, memory: Memory) -> None:
+    def __init__(self, path: Path, memory: Memory, margin: int = MARGIN) -> None:
         self.library = ctypes.CDLL(str(path))
         self.library.mgd_status_string.restype = ctypes.c_char_p
-        self.library.mgd_timestep_norm_workspace_bytes.restype = ctypes.c_size_t
         self.memory = memory
+        self.margin = margin
 
     def status_string(self, status: int) -> str:
         text: bytes = self.library.mgd_status_string(status)
         return text.decode()
 
-    def workspace_bytes(self, *, B: int, T: int, G: int) -> int:
-        return int(self.library.mgd_timestep_norm_workspace_bytes(*map(ctypes.c_int64, (B, T, G))))
+    def workspace_bytes(self, operator: str, *sizes: int) -> int:
+        """mgd_OPERATOR_workspace_bytes."""
+        function = self.library[f"mgd_{operator}_workspace_bytes"]
+        function.restype = ctypes.c_size_t
+        return int(function(*map(ctypes.c_int64, sizes)))
 
-    def complex_ema(self, dtype: str, inputs: Sequence[Array]) -> tuple[Array, Array]:
-        """`inputs` in the operator's order, with q instead of its powers; x is converted to `dtype`."""
-        x, past = inputs[0].astype(ACTIVATIONS[dtype]), inputs[1]
-        (B, T, D), N = x.shape, past.shape[2]
-        return self._call(self.library.mgd_complex_ema, dtype, (B, T, D, N), [x, *inputs[1:]], [])
-
-    def timestep_norm(self, dtype: str, inputs: Sequence[Array]) -> tuple[Array, Array]:
-        """`inputs` in the operator's order; x is converted to `dtype`."""
-        x, past = inputs[0].astype(ACTIVATIONS[dtype]), inputs[1]
-        (B, T, D), G = x.shape, past.shape[1]
-        num_bytes = self.workspace_bytes(B=B, T=T, G=G)
-        workspace = Tensor(self.memory, np.full(num_bytes // 4, np.nan, np.float32))
-        extra = [workspace.pointer, ctypes.c_size_t(num_bytes)]
-        results = self._call(self.library.mgd_timestep_norm, dtype, (B, T, D, G), [x, *inputs[1:]], extra)
-        workspace.read()
-        return results
-
-    def _call(
-        self, function: Any, dtype: str, sizes: Sequence[int], inputs: Sequence[Array], extra: Sequence[Any]
+    def complex_ema(
+        self, dtype: str, inputs: Sequence[Array], lengths: Array | None = None, *, with_workspace: bool = True
     ) -> tuple[Array, Array]:
-        given = [Tensor(self.memory, array) for array in inputs]
-        y, present = (Tensor(self.memory, np.full(like.shape, np.nan, like.dtype)) for like in inputs[:2])
-        attributes = [ctypes.c_float(EPSILON)] if extra else []
-        status = function(
+        """`inputs` in the operator's order, with q instead of its powers; x is converted to `dtype`."""
+        inputs = _converted(dtype, inputs)
+        sizes = *inputs[0].shape, inputs[1].shape[2]
+        num_bytes = self.workspace_bytes("complex_ema", *sizes) if with_workspace else 0
+        y, present = self.call("complex_ema", dtype, sizes, [*inputs, lengths], inputs[:2], num_bytes)
+        return y, present
+
+    def complex_ema_backward(self, dtype: str, inputs: Sequence[Array], grads: Sequence[Array]) -> list[Array]:
+        """Gradients of x, past, p, q, gamma, omega from those of y and present."""
+        inputs, grads = _converted(dtype, inputs), _converted(dtype, grads)
+        sizes = *inputs[0].shape, inputs[1].shape[2]
+        num_bytes = self.workspace_bytes("complex_ema_backward", *sizes)
+        x, past, _, *coefficients = inputs
+        outputs = [x, past, *coefficients]
+        return self.call("complex_ema_backward", dtype, sizes, [*inputs, *grads], outputs, num_bytes)
+
+    def timestep_norm(self, dtype: str, inputs: Sequence[Array], lengths: Array | None = None) -> tuple[Array, Array]:
+        """`inputs` in the operator's order; x is converted to `dtype`."""
+        inputs = _converted(dtype, inputs)
+        (B, T, D), G = inputs[0].shape, inputs[1].shape[1]
+        num_bytes = self.workspace_bytes("timestep_norm", B, T, G)
+        arguments = [*inputs, EPSILON, lengths]
+        y, present = self.call("timestep_norm", dtype, (B, T, D, G), arguments, inputs[:2], num_bytes)
+        return y, present
+
+    def timestep_norm_backward(self, dtype: str, inputs: Sequence[Array], grads: Sequence[Array]) -> list[Array]:
+        """Gradients of x, past, weight, bias from those of y and present."""
+        inputs, grads = _converted(dtype, inputs), _converted(dtype, grads)
+        sizes = *inputs[0].shape, inputs[1].shape[1]
+        num_bytes = self.workspace_bytes("timestep_norm_backward", *sizes)
+        x, past, position, weight, bias = inputs
+        arguments = [x, past, position, weight, EPSILON, *grads]
+        return self.call("timestep_norm_backward", dtype, sizes, arguments, [x, past, weight, bias], num_bytes)
+
+    def call(
+        self,
+        operator: str,
+        dtype: str,
+        sizes: Sequence[int],
+        arguments: Sequence[Array | float | None],
+        outputs: Sequence[Array],
+        workspace_bytes: int,
+    ) -> list[Array]:
+        """Run mgd_OPERATOR; the results are like `outputs`, and NaN where nothing was written."""
+        given = [self._tensor(argument) if isinstance(argument, np.ndarray) else argument for argument in arguments]
+        results = [self._tensor(np.full(like.shape, np.nan, like.dtype)) for like in outputs]
+        workspace = Tensor(self.memory, np.full(-(-workspace_bytes // 4), np.nan, np.float32))
+        status = self.library[f"mgd_{operator}"](
             DTYPE_NUMBERS[dtype],
             *map(ctypes.c_int64, sizes),
-            *(tensor.pointer for tensor in given),
-            *attributes,
-            y.pointer,
-            present.pointer,
-            *extra,
+            *map(_as_argument, given),
+            *(tensor.pointer for tensor in results),
+            workspace.pointer if workspace_bytes else None,
+            ctypes.c_size_t(workspace_bytes),
             ctypes.c_void_p(self.memory.stream()),
         )
         assert status == 0, self.status_string(status)
-        results = y.read(), present.read()
-        assert all(tensor.is_unchanged() for tensor in given), "an input was written"
-        return results
+        found = [tensor.read() for tensor in results]
+        workspace.read()
+        tensors = [argument for argument in given if isinstance(argument, Tensor)]
+        assert all(tensor.is_unchanged() for tensor in tensors), "an input was written"
+        return found
+
+    def _tensor(self, values: Array) -> Tensor:
+        return Tensor(self.memory, values, self.margin)
+
+
+def _converted(dtype: str, tensors: Sequence[Array]) -> list[Array]:
+    """The first one, x or the gradient of y, has the activations' type."""
+    return [tensors[0].astype(ACTIVATIONS[dtype]), *tensors[1:]]
+
+
+def _as_argument(value: Tensor | float | None) -> Any:
+    if isinstance(value, Tensor):
+        return value.pointer
+    return None if value is None else ctypes.c_float(value)
 
 
 Operator = Callable[[str, Sequence[Array]], tuple[Array, Array]]
+Backward = Callable[[str, Sequence[Array], Sequence[Array]], list[Array]]
 
 POSITIONS = np.array([0, 7, 1_000_003, 1])  # of the rows of a batch, from the first on
 
@@ -208,3 +257,27 @@ def run_in_parts(run: Operator, dtype: str, inputs: Sequence[Array], lengths: Se
         outputs.append(y)
         first += length
     return np.concatenate(outputs, 1), state
+
+
+def check_complex_ema_backward(kernels: KernelLibrary, dtype: str, inputs: Sequence[Array]) -> None:
+    """Row 0's past is NaN, as everywhere here: its gradient is zero."""
+    check_gradients(kernels.complex_ema_backward, complex_ema_loop, dtype, inputs)
+
+
+def check_timestep_norm_backward(kernels: KernelLibrary, dtype: str, inputs: Sequence[Array]) -> None:
+    check_gradients(kernels.timestep_norm_backward, timestep_norm_loop, dtype, inputs, EPSILON)
+
+
+def check_gradients(run: Backward, loop: Callable[..., Any], dtype: str, inputs: Sequence[Array], *rest: float) -> None:
+    """Against autograd through the recurrence in float64, on the same rounded inputs."""
+    x, past, *others = inputs
+    rounded = x.astype(ACTIVATIONS[dtype])
+    random = np.random.default_rng(x.size)
+    grad_y = random.standard_normal(x.shape).astype(ACTIVATIONS[dtype])
+    grad_present = random.standard_normal(past.shape).astype(np.float32)
+    expected = gradients_of(loop, [rounded.astype(np.float32), past, *others], [grad_y, grad_present], *rest)
+    found = run(dtype, [rounded, past, *others], [grad_y, grad_present])
+    assert len(found) == len(expected)
+    assert_close(found[0].astype(np.float64), expected[0], Y_TOLERANCES[dtype], "gradient of x")
+    for index in range(1, len(expected)):
+        assert_close(found[index], expected[index], GRADIENT_TOLERANCE, f"gradient {index}")

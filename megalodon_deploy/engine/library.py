@@ -17,7 +17,7 @@ from megalodon_deploy.errors import EngineError, MissingDependencyError
 LIBRARY_VARIABLE = "MEGALODON_PLUGIN_LIBRARY"
 LIBRARY_FILE = "libmegalodon.so"
 REGISTER_FILE = "libmegalodon_register.so"  # for tools that only dlopen a library, such as `polygraphy --plugins`
-KERNELS_VARIABLE = "MEGALODON_KERNELS"  # "reference": standard operators in place of ours
+KERNELS_VARIABLE = "MEGALODON_KERNELS"  # "reference": standard operators in place of ours; "cuda": ours or an error
 OPERATORS_VARIABLE = "MEGALODON_ONNXRUNTIME_LIBRARY"
 OPERATORS_FILE = "libmegalodon_onnxruntime.so"
 ABI_VERSION = 2  # MGD_ABI_VERSION of plugins/include/megalodon/megalodon.h

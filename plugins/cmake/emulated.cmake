@@ -13,7 +13,7 @@ target_compile_definitions(megalodon_emulated PRIVATE MEGALODON_EMULATE)
 add_executable(emulation_check tests/emulation_check.cpp emulation/cuda.cpp)
 target_compile_definitions(emulation_check PRIVATE MEGALODON_EMULATE)
 target_compile_options(emulation_check PRIVATE -Wall -Wextra -Wno-unknown-pragmas)
-target_include_directories(emulation_check PRIVATE ${CMAKE_CURRENT_SOURCE_DIR})
+target_include_directories(emulation_check PRIVATE include ${CMAKE_CURRENT_SOURCE_DIR})
 
 if(EXISTS ${MEGALODON_TENSORRT_INCLUDE}/NvInferRuntime.h AND EXISTS ${MEGALODON_CUDA_INCLUDE}/cuda_runtime_api.h)
     target_sources(megalodon_emulated PRIVATE ${PLUGIN_SOURCES})

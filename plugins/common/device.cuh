@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/platform.cuh"
+#include "megalodon/megalodon.h"
 
 namespace megalodon {
 
@@ -66,6 +67,19 @@ __device__ inline void to_floats(const Packed<__nv_fp8_e4m3, kCount>& packed, fl
     }
 }
 
+/// Calls use(Activation()) with the type that an mgd_dtype names: for kernels with so much else in them that one for
+/// each type is not worth it. The branches are the same for all threads.
+template <typename Use>
+__device__ inline void with_activation(int dtype, Use use) {
+    if (dtype == MGD_FLOAT32) {
+        use(float());
+    } else if (dtype == MGD_FLOAT16) {
+        use(__half());
+    } else {
+        use(__nv_bfloat16());
+    }
+}
+
 /// Index of this thread in a one-dimensional grid; more than 2^31 threads are possible.
 __device__ inline int64_t thread_in_grid() {
     return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -89,6 +103,33 @@ __device__ inline float max_over_lanes(float value) {
         value = fmaxf(value, __shfl_xor_sync(kWholeWarp, value, distance));
     }
     return value;
+}
+
+/// Adds up every sums[k] over each aligned run of kLanes lanes and shares the totals out: lane l of the run is left
+/// with those of k = l * kShare .. in sums[0 .. kShare), kShare = kCount / kLanes. With fewer sums than lanes, kLanes /
+/// kCount neighbouring lanes get the same one. `lane` is the index within the run. All 32 lanes must call. Every total
+/// is added up in the same order.
+template <int kLanes, int kCount, int kTotal>
+__device__ inline void share_sums_over_lanes(float (&sums)[kTotal], int lane) {
+    constexpr int kDistance = kLanes / 2;
+    if constexpr (kDistance > 0 && kCount > 1) {
+        constexpr int kHalf = kCount / 2;
+        const bool takes_upper = (lane & kDistance) != 0;
+#pragma unroll
+        for (int k = 0; k < kHalf; ++k) {
+            const float kept = takes_upper ? sums[k + kHalf] : sums[k];
+            const float given = takes_upper ? sums[k] : sums[k + kHalf];
+            sums[k] = kept + __shfl_xor_sync(kWholeWarp, given, kDistance);
+        }
+        share_sums_over_lanes<kDistance, kHalf>(sums, lane);
+    } else {
+        sums[0] = sum_over_lanes<kLanes>(sums[0]);
+    }
+}
+
+template <typename Number>
+__host__ __device__ inline Number smaller(Number one, Number other) {
+    return one < other ? one : other;
 }
 
 }  // namespace megalodon

@@ -25,6 +25,14 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), int64_t num_blocks, int
     return cudaGetLastError();
 }
 
+/// Multiprocessors of the calling thread's current device, 0 when it cannot be asked.
+inline int multiprocessor_count() {
+    int device = 0, count = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return 0;
+    const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    return error == cudaSuccess ? count : 0;
+}
+
 }  // namespace megalodon
 
 #endif

@@ -17,6 +17,7 @@
 namespace megalodon::emulation {
 
 Index thread_index, block_index, block_size;
+int num_multiprocessors = 1;
 
 namespace {
 
@@ -246,4 +247,9 @@ extern "C" __attribute__((visibility("default"))) void mgd_emulate_order(int64_t
     const std::lock_guard<std::mutex> lock(megalodon::emulation::machine_mutex());
     megalodon::emulation::machine.order = order;
     megalodon::emulation::machine.random.seed(static_cast<uint64_t>(order));
+}
+
+/// Size of the device that launchers see: how they split work depends on it.
+extern "C" __attribute__((visibility("default"))) void mgd_emulate_multiprocessors(int count) {
+    megalodon::emulation::num_multiprocessors = count;
 }

@@ -16,8 +16,13 @@
 
 #define __global__
 #define __device__
+#define __host__
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
+
+struct float2 {
+    float x, y;
+};
 
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
@@ -60,6 +65,9 @@ Value shuffle(unsigned mask, Value value, int source_lane) {
     return value;
 }
 
+/// Of the emulated device; mgd_emulate_multiprocessors changes it.
+extern int num_multiprocessors;
+
 cudaError_t run_grid(int64_t num_blocks, int block_threads, const std::function<void()>& thread);
 
 }  // namespace megalodon::emulation
@@ -82,6 +90,12 @@ Value __shfl_xor_sync(unsigned mask, Value value, int distance) {
     return megalodon::emulation::shuffle(mask, value, megalodon::emulation::current_lane() ^ distance);
 }
 
+template <typename Value>
+Value __shfl_sync(unsigned mask, Value value, int source_lane, int width = 32) {
+    const int lane = megalodon::emulation::current_lane();
+    return megalodon::emulation::shuffle(mask, value, lane / width * width + source_lane % width);
+}
+
 /// As in CUDA, the lowest lanes keep their own value.
 template <typename Value>
 Value __shfl_up_sync(unsigned mask, Value value, int distance) {
@@ -96,6 +110,10 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), int64_t num_blocks, int block_threads, cudaStream_t,
                           Arguments... arguments) {
     return emulation::run_grid(num_blocks, block_threads, [=] { kernel(arguments...); });
+}
+
+inline int multiprocessor_count() {
+    return emulation::num_multiprocessors;
 }
 
 }  // namespace megalodon

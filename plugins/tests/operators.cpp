@@ -37,14 +37,14 @@ int call_complex_ema(void* library, const Operator& op, const HostCall& call) {
     return find<decltype(mgd_complex_ema)>(library, "mgd_complex_ema")(
         MGD_FLOAT32, op.size('B'), op.size('T'), op.size('D'), op.size('N'), call.inputs[0], call.input<float>(1),
         call.input<int64_t>(2), call.input<float>(3), call.input<float>(4), call.input<float>(5), call.input<float>(6),
-        call.outputs[0], call.output<float>(1), nullptr);
+        nullptr, call.outputs[0], call.output<float>(1), call.workspace, call.workspace_bytes, nullptr);
 }
 
 int call_timestep_norm(void* library, const Operator& op, const HostCall& call) {
     return find<decltype(mgd_timestep_norm)>(library, "mgd_timestep_norm")(
         MGD_FLOAT32, op.size('B'), op.size('T'), op.size('D'), op.size('G'), call.inputs[0], call.input<float>(1),
         call.input<int64_t>(2), call.input<float>(3), call.input<float>(4),
-        static_cast<float>(call.fields.at(kEpsilon)), call.outputs[0], call.output<float>(1), call.workspace,
+        static_cast<float>(call.fields.at(kEpsilon)), nullptr, call.outputs[0], call.output<float>(1), call.workspace,
         call.workspace_bytes, nullptr);
 }
 

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 from kernel_helpers import (
     ACTIVATIONS,
+    SPLIT_TOLERANCE,
     KernelLibrary,
     assert_norm_state,
     check_complex_ema,
+    check_complex_ema_backward,
     check_timestep_norm,
+    check_timestep_norm_backward,
     complex_ema_inputs,
     run_in_parts,
     timestep_norm_inputs,
@@ -44,6 +47,28 @@ def test_timestep_norm_on_gpu(kernels: KernelLibrary, sizes: tuple[int, ...], dt
     check_timestep_norm(kernels.timestep_norm, dtype, timestep_norm_inputs(B=B, T=T, D=D, G=G))
 
 
+@pytest.mark.parametrize("dtype", ACTIVATIONS)
+@pytest.mark.parametrize("sizes", CEMA_SIZES, ids=str)
+def test_complex_ema_gradients_on_gpu(kernels: KernelLibrary, sizes: tuple[int, ...], dtype: str) -> None:
+    B, T, D, N = sizes
+    check_complex_ema_backward(kernels, dtype, complex_ema_inputs(B=B, T=T, D=D, N=N))
+
+
+@pytest.mark.parametrize("dtype", ACTIVATIONS)
+@pytest.mark.parametrize("sizes", NORM_SIZES, ids=str)
+def test_timestep_norm_gradients_on_gpu(kernels: KernelLibrary, sizes: tuple[int, ...], dtype: str) -> None:
+    B, T, D, G = sizes
+    check_timestep_norm_backward(kernels, dtype, timestep_norm_inputs(B=B, T=T, D=D, G=G))
+
+
+def test_the_same_gradients_have_the_same_bits(kernels: KernelLibrary) -> None:
+    inputs = complex_ema_inputs(B=3, T=257, D=70, N=16)
+    grads = [np.nan_to_num(tensor) for tensor in inputs[:2]]
+    first, second = (kernels.complex_ema_backward("float32", inputs, grads) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize("lengths", [[1] * 65, [1, 40, 24]], ids=lambda lengths: str(len(lengths)))
 def test_any_split_gives_the_same_on_gpu(kernels: KernelLibrary, lengths: list[int]) -> None:
     cema, norm = complex_ema_inputs(B=3, T=65, D=70, N=16), timestep_norm_inputs(B=3, T=65, D=66, G=6)
@@ -51,6 +76,6 @@ def test_any_split_gives_the_same_on_gpu(kernels: KernelLibrary, lengths: list[i
         whole, parts = run("float32", inputs), run_in_parts(run, "float32", inputs, lengths)
         np.testing.assert_allclose(parts[0], whole[0], rtol=0, atol=3e-6, equal_nan=False)
         if run == kernels.timestep_norm:
-            assert_norm_state(parts[1], whole[1], 1e-12)
+            assert_norm_state(parts[1], whole[1], SPLIT_TOLERANCE)
         else:
             np.testing.assert_allclose(parts[1], whole[1], rtol=0, atol=3e-6, equal_nan=False)

@@ -48,7 +48,8 @@ def device_images(path: Path) -> set[tuple[int, int]]:
 
 
 def test_only_the_intended_names_are_exported(plugin_path: Path) -> None:
-    functions = {"abi_version", "status_string", "complex_ema", "timestep_norm", "timestep_norm_workspace_bytes"}
+    operators = {"complex_ema", "complex_ema_backward", "timestep_norm", "timestep_norm_backward"}
+    functions = {"abi_version", "status_string", *operators, *(f"{name}_workspace_bytes" for name in operators)}
     functions |= {"chunk_attention", "chunk_attention_workspace_bytes", "append_rows"}
     functions |= {"choose_tokens", "choose_tokens_workspace_bytes"}
     assert exports(plugin_path) == {"getCreators", "setLoggerFinder"} | {f"mgd_{name}" for name in functions}

@@ -64,7 +64,9 @@ memory = {name: np.zeros(size, np.float32) for name, size in sizes.items()}
 pointers = {name: array.ctypes.data for name, array in memory.items()}
 CHANGE
 arguments = [ctypes.c_void_p(pointers[name]) for name in sizes]
-status = library.mgd_complex_ema(0, *map(ctypes.c_int64, (1, 1, D, 1)), *arguments, None)
+lengths, no_workspace, stream = None, (None, ctypes.c_size_t(0)), None
+tail = [lengths, *arguments[-2:], *no_workspace, stream]
+status = library.mgd_complex_ema(0, *map(ctypes.c_int64, (1, 1, D, 1)), *arguments[:-2], *tail)
 print("status", status)
 """
 

@@ -42,6 +42,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from megalodon_deploy.model.operators import kernels
+
 MAX_BLOCK = 32  # tokens of a block; measured: 16 and 64 take up to twice as long at D = 160 and D = 1024
 _NEGLIGIBLE = 1e-30  # powers below are 0: as denormal numbers they would make the products twice as slow
 
@@ -204,6 +206,8 @@ def complex_ema(
     Returns:
         y [B, T, D] in the dtype of x, and the state after the call, [B, D, N, 2].
     """
+    if found := kernels.kernels_for(x, past):
+        return found.complex_ema(x, past, position, p, q, gamma, omega)
     past_BDN = _as_complex(_fresh_rows_zeroed(past, position))
     if x.shape[1] == 1:
         return _step(x, past_BDN, p, _as_complex(q), _as_complex(gamma), omega)
@@ -267,6 +271,23 @@ def complex_ema_backward(
     omega: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, past, p, q, gamma, omega, each of its tensor's shape and dtype; block states are recomputed."""
+    if found := kernels.kernels_for(x, past):
+        grads = found.complex_ema_backward(grad_y, grad_present, x, past, position, p, q, gamma, omega)
+        return grads[0], grads[1], grads[2], grads[3], grads[4], grads[5]
+    return _parallel_backward(grad_y, grad_present, x, past, position, p, q, gamma, omega)
+
+
+def _parallel_backward(
+    grad_y: Tensor,
+    grad_present: Tensor,
+    x: Tensor,
+    past: Tensor,
+    position: Tensor,
+    p: Tensor,
+    q: Tensor,
+    gamma: Tensor,
+    omega: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, num_tokens, dim = x.shape
     blocks, modes = Blocks.of(num_tokens), p.shape[1]
     tables = _tables(p, q, gamma, omega, blocks.length)

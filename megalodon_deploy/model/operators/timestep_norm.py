@@ -32,6 +32,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megalodon_deploy.model.operators import kernels
+
 
 class _Statistics(NamedTuple):
     """float64; what the norm knows after each token."""
@@ -110,6 +112,8 @@ def timestep_norm(
     Returns:
         y [B, T, D] in the dtype of x, and the state after the call, [B, G, 4].
     """
+    if found := kernels.kernels_for(x, past):
+        return found.timestep_norm(x, past, position, weight, bias, eps)
     x_BTGs = _in_groups(x.to(past.dtype), past.shape[1])
     stats = _statistics(x_BTGs, past, position)
     normalised, _ = _normalised(x_BTGs, stats, eps)
@@ -134,6 +138,9 @@ def timestep_norm_backward(
     grad_y: Tensor, grad_present: Tensor, x: Tensor, past: Tensor, position: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, past, weight, bias, each of its tensor's shape and dtype; statistics are recomputed."""
+    if found := kernels.kernels_for(x, past):
+        grads = found.timestep_norm_backward(grad_y, grad_present, x, past, position, weight, eps)
+        return grads[0], grads[1], grads[2], grads[3]
     x_BTGs = _in_groups(x.to(past.dtype), past.shape[1])
     stats = _statistics(x_BTGs, past, position)
     normalised, inverse_std = _normalised(x_BTGs, stats, eps)

@@ -64,15 +64,44 @@ MGD_API const char* mgd_status_string(int status);
  * q         [D, N, 2]     float32; the operator's q_powers[0], so a pointer to q_powers serves
  * gamma     [D, N, 2]     float32, with 1 / sqrt(N) folded in
  * omega     [D]           float32
- * y         [B, T, D]     dtype, output; must not overlap x
- * present   [B, D, N, 2]  float32, output
+ * lengths   [B]           int64, or NULL: tokens of the row that count, 0 .. T. Those after them change nothing, may
+ * hold anything, and their y is 0. y         [B, T, D]     dtype, output; must not overlap x present   [B, D, N, 2]
+ * float32, output: the state after the row's last token that counts workspace device memory of workspace_bytes, 16-byte
+ * aligned; may be NULL and 0. With at least mgd_complex_ema_workspace_bytes, few channels and many tokens are spread
+ * over the whole device.
  */
 MGD_API int mgd_complex_ema(int dtype, int64_t B, int64_t T, int64_t D, int64_t N, const void* x, const float* past,
                             const int64_t* position, const float* p, const float* q, const float* gamma,
-                            const float* omega, void* y, float* present, void* stream);
+                            const float* omega, const int64_t* lengths, void* y, float* present, void* workspace,
+                            size_t workspace_bytes, void* stream);
 
-/* Bytes of device memory that mgd_timestep_norm needs as workspace; 0 for a few tokens. */
-MGD_API size_t mgd_timestep_norm_workspace_bytes(int64_t B, int64_t T, int64_t G);
+/* Bytes of workspace with which mgd_complex_ema is fastest, the same on every device; no call with smaller B, T or D
+ * needs more. At most 2 MiB; 0 for few tokens. */
+MGD_API size_t mgd_complex_ema_workspace_bytes(int64_t B, int64_t T, int64_t D, int64_t N);
+
+/* Gradients of mgd_complex_ema (without lengths). Sums run in a fixed order: the same call gives the same bits.
+ *
+ * The inputs of the forward call, and
+ * grad_y        [B, T, D]     dtype
+ * grad_present  [B, D, N, 2]  float32
+ * grad_x        [B, T, D]     dtype, output; must not overlap x or grad_y
+ * grad_past     [B, D, N, 2]  float32, output; 0 in rows at position 0
+ * grad_p        [D, N]        float32, output
+ * grad_q        [D, N, 2]     float32, output: derivatives by the real and the imaginary part
+ * grad_gamma    [D, N, 2]     float32, output
+ * grad_omega    [D]           float32, output
+ * workspace     device memory of at least mgd_complex_ema_backward_workspace_bytes, 16-byte aligned
+ */
+MGD_API int mgd_complex_ema_backward(int dtype, int64_t B, int64_t T, int64_t D, int64_t N, const void* x,
+                                     const float* past, const int64_t* position, const float* p, const float* q,
+                                     const float* gamma, const float* omega, const void* grad_y,
+                                     const float* grad_present, void* grad_x, float* grad_past, float* grad_p,
+                                     float* grad_q, float* grad_gamma, float* grad_omega, void* workspace,
+                                     size_t workspace_bytes, void* stream);
+
+/* The states before every 32nd token (16th where N <= 4, 8th where N > 32), B D N ceil(T / 32) 8 bytes, and with B > 1
+ * each row's gradients of the coefficients, B D (5 N + 1) 4 bytes. */
+MGD_API size_t mgd_complex_ema_backward_workspace_bytes(int64_t B, int64_t T, int64_t D, int64_t N);
 
 /* TimestepNorm: group norm over all tokens of the stream so far. The running mean and variance are float64.
  *
@@ -82,13 +111,38 @@ MGD_API size_t mgd_timestep_norm_workspace_bytes(int64_t B, int64_t T, int64_t G
  * weight    [D]        float32, the effective scale (1 already added)
  * bias      [D]        float32
  * epsilon   added to the variance; finite and positive
+ * lengths   [B]        int64, or NULL: tokens of the row that count, as in mgd_complex_ema
  * y         [B, T, D]  dtype, output; must not overlap x
- * present   [B, G, 4]  float32, output
+ * present   [B, G, 4]  float32, output: the state after the row's last token that counts
  * workspace device memory of at least mgd_timestep_norm_workspace_bytes, 16-byte aligned; contents are of no meaning
  */
 MGD_API int mgd_timestep_norm(int dtype, int64_t B, int64_t T, int64_t D, int64_t G, const void* x, const float* past,
-                              const int64_t* position, const float* weight, const float* bias, float epsilon, void* y,
-                              float* present, void* workspace, size_t workspace_bytes, void* stream);
+                              const int64_t* position, const float* weight, const float* bias, float epsilon,
+                              const int64_t* lengths, void* y, float* present, void* workspace, size_t workspace_bytes,
+                              void* stream);
+
+/* 16 bytes for each group of each token; 0 for a few tokens. */
+MGD_API size_t mgd_timestep_norm_workspace_bytes(int64_t B, int64_t T, int64_t G);
+
+/* Gradients of mgd_timestep_norm (without lengths), in a fixed order of summation.
+ *
+ * The inputs of the forward call, and
+ * grad_y        [B, T, D]  dtype
+ * grad_present  [B, G, 4]  float32; only that of mean hi and of var hi is read, which carry their number's gradient
+ * grad_x        [B, T, D]  dtype, output; must not overlap x or grad_y
+ * grad_past     [B, G, 4]  float32, output: hi and lo both get their number's gradient; 0 in rows at position 0
+ * grad_weight   [D]        float32, output
+ * grad_bias     [D]        float32, output
+ * workspace     device memory of at least mgd_timestep_norm_backward_workspace_bytes, 16-byte aligned
+ */
+MGD_API int mgd_timestep_norm_backward(int dtype, int64_t B, int64_t T, int64_t D, int64_t G, const void* x,
+                                       const float* past, const int64_t* position, const float* weight, float epsilon,
+                                       const void* grad_y, const float* grad_present, void* grad_x, float* grad_past,
+                                       float* grad_weight, float* grad_bias, void* workspace, size_t workspace_bytes,
+                                       void* stream);
+
+/* 24 bytes for each group of each token, and 8 D for each 32 tokens of each row. */
+MGD_API size_t mgd_timestep_norm_backward_workspace_bytes(int64_t B, int64_t T, int64_t D, int64_t G);
 
 /* Bytes of device memory that mgd_chunk_attention needs as workspace; enough for any call of at most B rows, S rows of
  * memory and dv columns. */

@@ -30,12 +30,17 @@ class ComplexEmaPlugin final : public OperatorPlugin {
     nvinfer1::IPluginV3* clone() noexcept override { return copy_of(*this); }
 
  protected:
+    size_t workspace_bytes(const Sizes& sizes) const override {
+        return mgd_complex_ema_workspace_bytes(sizes['B'], sizes['T'], sizes['D'], sizes['N']);
+    }
+
     int run(const EnqueueCall& call) const override {
         const Sizes& sizes = call.sizes;
         return mgd_complex_ema(call.dtype(kX), sizes['B'], sizes['T'], sizes['D'], sizes['N'], call.inputs[kX],
                                call.float32(kPast), call.int64(kPosition), call.float32(kP), call.float32(kQPowers),
-                               call.float32(kGamma), call.float32(kOmega), call.outputs[kY],
-                               static_cast<float*>(call.outputs[kPresent]), call.stream);
+                               call.float32(kGamma), call.float32(kOmega), nullptr, call.outputs[kY],
+                               static_cast<float*>(call.outputs[kPresent]), call.workspace, workspace_bytes(sizes),
+                               call.stream);
     }
 };
 

@@ -31,17 +31,17 @@ __device__ inline float low_part(double value) {
 }
 
 /// State of group `g` of row `row` before the call; a row at position 0 is empty whatever its past holds.
-__device__ inline Moments load_past(const TimestepNormCall& call, int64_t row, int64_t g) {
-    const int64_t count = call.position[row];
+__device__ inline Moments load_past(const TimestepNormInputs& in, int64_t row, int64_t g) {
+    const int64_t count = in.position[row];
     if (count == 0) return {0, 0, 0};
-    const float* past = call.past + (row * call.G + g) * kNormParts;
+    const float* past = in.past + (row * in.G + g) * kNormParts;
     const double mean = static_cast<double>(past[kMeanHi]) + past[kMeanLo];
     const double var = static_cast<double>(past[kVarHi]) + past[kVarLo];
     return {static_cast<double>(count), mean, var * static_cast<double>(count)};
 }
 
 __device__ inline void store_present(const TimestepNormCall& call, int64_t row, int64_t g, const Moments& moments) {
-    float* present = call.present + (row * call.G + g) * kNormParts;
+    float* present = call.present + (row * call.in.G + g) * kNormParts;
     const double var = moments.count == 0 ? 0.0 : moments.spread / moments.count;
     present[kMeanHi] = high_part(moments.mean);
     present[kMeanLo] = low_part(moments.mean);
@@ -79,8 +79,15 @@ struct alignas(16) Normaliser {
 
 __device__ inline Normaliser normaliser(const Moments& moments, float epsilon) {
     const double var = moments.spread / moments.count;
-    const double scale = 1.0 / sqrt(var + static_cast<double>(epsilon));
-    return {high_part(moments.mean), low_part(moments.mean), static_cast<float>(scale), 0.0f};
+    const float scale = 1.0f / sqrtf(static_cast<float>(var + static_cast<double>(epsilon)));
+    return {high_part(moments.mean), low_part(moments.mean), scale, 0.0f};
+}
+
+/// Tokens of row `row` that count.
+__device__ inline int64_t length_of(const TimestepNormCall& call, int64_t row) {
+    if (call.lengths == nullptr) return call.in.T;
+    const int64_t length = call.lengths[row];
+    return length < 0 ? 0 : smaller(length, call.in.T);
 }
 
 }  // namespace megalodon::timestep_norm

@@ -40,7 +40,7 @@ class TimestepNormPlugin final : public OperatorPlugin {
         // TensorRT has granted getWorkspaceSize's answer for the largest call of the profile, which no call exceeds.
         return mgd_timestep_norm(call.dtype(kX), sizes['B'], sizes['T'], sizes['D'], sizes['G'], call.inputs[kX],
                                  call.float32(kPast), call.int64(kPosition), call.float32(kWeight), call.float32(kBias),
-                                 epsilon_, call.outputs[kY], static_cast<float*>(call.outputs[kPresent]),
+                                 epsilon_, nullptr, call.outputs[kY], static_cast<float*>(call.outputs[kPresent]),
                                  call.workspace, workspace_bytes(sizes), call.stream);
     }
 

@@ -1,5 +1,11 @@
+// Apart from the kernels: what the CUDA runtime says needs no CUDA compiler.
+#ifdef MEGALODON_EMULATE
+#include "emulation/cuda.h"
+#else
+#include <cuda_runtime_api.h>
+#endif
+
 #include "common/launch.h"
-#include "common/platform.cuh"
 
 namespace megalodon {
 

@@ -1,0 +1,116 @@
+"""What the forward kernels make of shorter rows, unaligned tensors and devices of other sizes, compiled for the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import assert_close
+from kernel_helpers import (
+    ACTIVATIONS,
+    MARGIN,
+    SPLIT_TOLERANCE,
+    HostMemory,
+    KernelLibrary,
+    assert_norm_state,
+    check_complex_ema,
+    check_timestep_norm,
+    complex_ema_inputs,
+    timestep_norm_inputs,
+)
+
+MULTIPROCESSORS = 132  # of an H200
+
+
+@pytest.fixture(scope="session")
+def kernels(emulated_path: Path) -> KernelLibrary:
+    return KernelLibrary(emulated_path, HostMemory())
+
+
+@pytest.fixture
+def set_multiprocessors(kernels: KernelLibrary) -> Iterator[Callable[[int], None]]:
+    def choose(count: int) -> None:
+        kernels.library.mgd_emulate_multiprocessors(ctypes.c_int(count))
+
+    yield choose
+    choose(1)
+
+
+def check_shorter_rows(run: Callable[..., tuple[np.ndarray, np.ndarray]], inputs: list[np.ndarray]) -> None:
+    """Every row must be what it is alone with its own length, whatever lies behind its end."""
+    x, past, position, *others = inputs
+    B, T, _ = x.shape
+    lengths = np.array([T, 0, 1, T - 1, T // 2, T // 3])[:B]
+    for row, length in enumerate(lengths):
+        x[row, length:] = np.nan
+    y, present = run("float32", [x, past, position, *others], lengths)
+    for row, length in enumerate(lengths):
+        one = slice(row, row + 1)
+        alone = run("float32", [x[one, :length], past[one], position[one], *others])
+        assert_close(y[one, :length], alone[0], 3e-6, f"y of {length} tokens")
+        assert not y[row, length:].any(), "tokens that do not count give 0"
+        if present.shape[-1] == 4:
+            assert_norm_state(present[one], alone[1], SPLIT_TOLERANCE)
+        else:
+            assert_close(present[one], alone[1], 3e-6, f"state after {length} tokens")
+
+
+def six_rows(inputs: list[np.ndarray]) -> list[np.ndarray]:
+    """Of four rows, the first two twice."""
+    return [np.concatenate([array, array[:2]]) if index < 3 else array for index, array in enumerate(inputs)]
+
+
+@pytest.mark.parametrize("T", [4, 16, 70, 300])
+def test_rows_may_be_shorter_than_the_call(kernels: KernelLibrary, T: int) -> None:
+    check_shorter_rows(kernels.complex_ema, six_rows(complex_ema_inputs(B=4, T=T, D=5, N=4)))
+    check_shorter_rows(kernels.timestep_norm, six_rows(timestep_norm_inputs(B=4, T=T, D=6, G=2)))
+
+
+@pytest.mark.parametrize(("T", "N"), [(800, 3), (1030, 16), (800, 40)])
+def test_segments_give_the_recurrence(
+    kernels: KernelLibrary, set_multiprocessors: Callable[[int], None], T: int, N: int
+) -> None:
+    """Rows are cut on a device with many multiprocessors; on one with a single one they are not."""
+    inputs = complex_ema_inputs(B=2, T=T, D=3, N=N)
+    whole, _ = kernels.complex_ema("float32", inputs)
+    set_multiprocessors(MULTIPROCESSORS)
+    check_complex_ema(kernels.complex_ema, "float32", inputs)
+    cut, _ = kernels.complex_ema("float32", inputs)
+    assert cut.tobytes() != whole.tobytes(), "rows were not cut"
+    without_workspace, _ = kernels.complex_ema("float32", inputs, with_workspace=False)
+    np.testing.assert_array_equal(without_workspace, whole)
+
+
+def test_segments_of_shorter_rows(kernels: KernelLibrary, set_multiprocessors: Callable[[int], None]) -> None:
+    set_multiprocessors(MULTIPROCESSORS)
+    check_shorter_rows(kernels.complex_ema, six_rows(complex_ema_inputs(B=4, T=1100, D=2, N=4)))
+
+
+def test_no_smaller_call_needs_more_workspace(kernels: KernelLibrary) -> None:
+    """TensorRT grants what the largest call of a profile asks for."""
+    random = np.random.default_rng(0)
+    for _ in range(2000):
+        B, T, D = (int(size) for size in np.exp(random.uniform(0, [5, 10, 9])) + 1)
+        N = int(random.choice([1, 4, 16, 33, 256]))
+        largest = kernels.workspace_bytes("complex_ema", B, T, D, N)
+        assert largest <= 2 << 20
+        smaller = [int(random.integers(1, size + 1)) for size in (B, T, D)]
+        assert kernels.workspace_bytes("complex_ema", *smaller, N) <= largest
+
+
+@pytest.mark.parametrize("dtype", ACTIVATIONS)
+@pytest.mark.parametrize("T", [1, 70])
+def test_tensors_need_not_start_on_16_bytes(emulated_path: Path, dtype: str, T: int) -> None:
+    kernels = KernelLibrary(emulated_path, HostMemory(), margin=MARGIN + 1)
+    check_complex_ema(kernels.complex_ema, dtype, complex_ema_inputs(B=2, T=T, D=40, N=16))
+    check_timestep_norm(kernels.timestep_norm, dtype, timestep_norm_inputs(B=2, T=T, D=64, G=2))
+
+
+def test_tiny_input_coefficients_keep_the_state(kernels: KernelLibrary) -> None:
+    """The walk divides states by p: 0 and numbers close to it must neither lose the past nor overflow."""
+    x, past, position, p, *others = complex_ema_inputs(B=2, T=70, D=6, N=4)
+    p[:, 0], p[:, 1], p[:, 2] = 0, 1e-38, -1e-15
+    check_complex_ema(kernels.complex_ema, "float32", [x, past, position, p, *others])

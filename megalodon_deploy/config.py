@@ -15,6 +15,10 @@ from typing import Any, Literal, get_args
 from megalodon_deploy.errors import ConfigError
 
 KeyValueType = Literal["activation", "fp8", "int8"]
+MovingAverage = Literal["complex", "real", "none"]
+StreamNorm = Literal["timestep", "layer"]
+_CHOICES = {"KeyValueType": KeyValueType, "MovingAverage": MovingAverage, "StreamNorm": StreamNorm}
+_OPTIONAL = ("kv_dtype", "ema", "stream_norm", "attention_norm", "two_hop")  # written where they are not the default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,11 @@ class MegalodonConfig:
     scale_emb: bool = False  # embeddings times sqrt(D)
     share_emb: bool = False  # output matrix is the embedding
     kv_dtype: KeyValueType = "activation"  # in which a stream keeps keys and values; chosen at export, not trained
+    # For studies of what each part is worth; the defaults are the released model, and only that is exported.
+    ema: MovingAverage = "complex"  # real: without rotation, theta fixed; none: attention sees the norm's output
+    stream_norm: StreamNorm = "timestep"  # layer: over the channels of each token, without memory
+    attention_norm: bool = True  # RMSNorm of z, before queries and keys are made of it
+    two_hop: bool = True  # the feed-forward part adds to the block's input; false: to its own input
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -55,9 +64,9 @@ class MegalodonConfig:
 
     def _check_type(self, name: str, kind: str) -> None:
         value = getattr(self, name)
-        if kind == "KeyValueType":
-            if value not in get_args(KeyValueType):
-                raise ConfigError(f"config: {name} = {value!r} is none of {', '.join(get_args(KeyValueType))}")
+        if kind in _CHOICES:
+            if value not in get_args(_CHOICES[kind]):
+                raise ConfigError(f"config: {name} = {value!r} is none of {', '.join(get_args(_CHOICES[kind]))}")
         elif kind == "bool":
             if not isinstance(value, bool):
                 raise ConfigError(f"config: {name} = {value!r} is not true or false")
@@ -83,11 +92,24 @@ class MegalodonConfig:
         return self.model_dim // self.norm_num_groups
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values; `kv_dtype` only where it is not the default: checkpoints know nothing of it."""
+        """JSON values; what the released model does not know only where it is not the default."""
         values = dataclasses.asdict(self)
-        if self.kv_dtype == "activation":
-            del values["kv_dtype"]
-        return values
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return {key: value for key, value in values.items() if key not in _OPTIONAL or value != defaults[key]}
+
+    def released(self) -> MegalodonConfig:
+        """The released model that computes the same. A real moving average is a complex one that does not rotate.
+
+        Raises `ConfigError` for a variant that is none: it trains and is evaluated in PyTorch only.
+        """
+        variant = dataclasses.replace(self, ema="complex" if self.ema == "real" else self.ema)
+        for name in ("ema", "stream_norm", "attention_norm", "two_hop"):
+            if name in variant.to_dict():
+                raise ConfigError(
+                    f"config: {name} = {getattr(self, name)!r} is not the released model; such a variant trains and is "
+                    "evaluated in PyTorch, but has no released or exported form"
+                )
+        return variant
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MegalodonConfig:

@@ -31,15 +31,21 @@ def _linear(name: str, out_dim: int, in_dim: int, shard_dim: int, bias: bool = F
     return specs + ([ParameterSpec(f"{name}.bias", (out_dim,), 0)] if bias else [])
 
 
+def _cema_specs(prefix: str, dim: int, modes: int) -> list[ParameterSpec]:
+    return [
+        ParameterSpec(f"{prefix}.alpha", (dim, modes, 1), 0),
+        ParameterSpec(f"{prefix}.delta", (dim, modes, 1), 0),
+        ParameterSpec(f"{prefix}.theta", (dim, 1, 1), 0),
+        ParameterSpec(f"{prefix}.gamma", (dim, modes, 2), 0),
+        ParameterSpec(f"{prefix}.omega", (dim, 1), 0),
+    ]
+
+
 def _attention_specs(config: MegalodonConfig, prefix: str) -> list[ParameterSpec]:
     dim, modes = config.model_dim, config.cema_ndim
     return [
         *_timestep_norm(f"{prefix}.timenorm", dim),
-        ParameterSpec(f"{prefix}.cema.alpha", (dim, modes, 1), 0),
-        ParameterSpec(f"{prefix}.cema.delta", (dim, modes, 1), 0),
-        ParameterSpec(f"{prefix}.cema.theta", (dim, 1, 1), 0),
-        ParameterSpec(f"{prefix}.cema.gamma", (dim, modes, 2), 0),
-        ParameterSpec(f"{prefix}.cema.omega", (dim, 1), 0),
+        *(_cema_specs(f"{prefix}.cema", dim, modes) if config.ema != "none" else []),
         *([ParameterSpec(f"{prefix}.rmsnorm.weight", (dim,), None)] if config.norm_affine else []),
         *_linear(f"{prefix}.wz", config.z_dim, dim, 0, bias=True),
         *_linear(f"{prefix}.wv", config.value_dim, dim, 0, bias=True),

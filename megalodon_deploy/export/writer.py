@@ -65,7 +65,7 @@ def write_bundle(ckpt: Path, out: Path, options: ExportOptions, progress: Progre
     _check_options(options)
     _check_target(out, overwrite=options.overwrite)
     checkpoint = read_checkpoint(ckpt)
-    config = replace(checkpoint.config, kv_dtype=options.kv_dtype)
+    config = replace(checkpoint.config.released(), kv_dtype=options.kv_dtype)
     quantization = _plan(config, options)
     tokenizer = _tokenizer(checkpoint, options.tokenizer)
     try:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.model.attention import Attend, Rotation
 from megalodon_deploy.model.half_precision import to_residual, with_headroom
-from megalodon_deploy.model.layers import ComplexEMA, LayerNorm, RMSNorm, TimestepNorm, rms_norm
+from megalodon_deploy.model.layers import ComplexEMA, LayerNorm, RMSNorm, rms_norm, stream_norm
 from megalodon_deploy.model.quantized_rows import QuantizedRows, dequantize_rows, quantize_rows
 
 
@@ -57,8 +57,9 @@ class GatedAttention(nn.Module):
         self.eps = config.norm_eps
         self.kv_dtype = config.kv_dtype
         dim = config.model_dim
-        self.timenorm = TimestepNorm(config)
-        self.cema = ComplexEMA(config)
+        self.normalizes = config.attention_norm
+        self.timenorm = stream_norm(config)
+        self.cema = None if config.ema == "none" else ComplexEMA(config)
         self.rmsnorm = RMSNorm(config)
         self.wz = _linear(dim, config.z_dim, bias=True)
         self.wv = _linear(dim, config.value_dim, bias=True)
@@ -71,7 +72,9 @@ class GatedAttention(nn.Module):
     def _queries_and_keys(self, m_BTD: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """Rotated [B, H, T, dz] each."""
         heads = (self.num_heads, self.key_head_dim)
-        z_BTHd = rms_norm(self.wz(m_BTD).view(*m_BTD.shape[:2], *heads), None, self.eps)
+        z_BTHd = self.wz(m_BTD).view(*m_BTD.shape[:2], *heads)
+        if self.normalizes:
+            z_BTHd = rms_norm(z_BTHd, None, self.eps)
         scale_2Hd = ((self.gamma + 1) / math.sqrt(self.key_head_dim)).view(2, *heads)
         both = torch.addcmul(self.beta.view(2, *heads), z_BTHd.unsqueeze(2), scale_2Hd)
         q_BTHd, k_BTHd = rotation(both).unbind(2)
@@ -79,7 +82,7 @@ class GatedAttention(nn.Module):
 
     def forward(self, x_BTD: Tensor, past: LayerState, call: Call) -> tuple[Tensor, LayerState]:
         u_BTD, norm = self.timenorm(x_BTD, past.norm, call.position)
-        averaged, cema = self.cema(u_BTD, past.cema, call.position)
+        averaged, cema = (u_BTD, past.cema) if self.cema is None else self.cema(u_BTD, past.cema, call.position)
         dtype = self.wv.weight.dtype
         u_BTD, m_BTD = u_BTD.to(dtype), self.rmsnorm(averaged).to(dtype)
         q_BHTd, k_BHTd = self._queries_and_keys(m_BTD, call.rotation)
@@ -130,7 +133,8 @@ class Block(nn.Module):
         super().__init__()
         self.mega = GatedAttention(config)
         self.nffn = FeedForward(config, layer)
+        self.two_hop = config.two_hop
 
     def forward(self, x_BTD: Tensor, past: LayerState, call: Call) -> tuple[Tensor, LayerState]:
         y_BTD, present = self.mega(x_BTD, past, call)
-        return x_BTD + self.nffn(y_BTD), present
+        return (x_BTD if self.two_hop else y_BTD) + self.nffn(y_BTD), present

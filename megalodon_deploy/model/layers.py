@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -82,6 +83,23 @@ class LayerNorm(Float32Module):
         return functional.layer_norm(wide, x_BTD.shape[-1:], scale, self.bias, self.eps).to(x_BTD.dtype)
 
 
+class StreamLayerNorm(LayerNorm):
+    """A layer norm in the place of `TimestepNorm`: weight [D] (minus one), bias [D]; its state passes through."""
+
+    def __init__(self, config: MegalodonConfig) -> None:
+        super().__init__(replace(config, norm_affine=True))
+
+    def forward(  # type: ignore[override]
+        self, x_BTD: Tensor, past_BG4: Tensor, position_B: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return super().forward(x_BTD), past_BG4
+
+
+def stream_norm(config: MegalodonConfig) -> TimestepNorm | StreamLayerNorm:
+    """The norm of the residual stream that the configuration names."""
+    return TimestepNorm(config) if config.stream_norm == "timestep" else StreamLayerNorm(config)
+
+
 def cema_coefficients(alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The operator's p [D, N], q [D, N, 2] and gamma [D, N, 2] from the released parameters.
 
@@ -100,6 +118,7 @@ def cema_coefficients(alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor
     return p_DN.to(alpha.dtype), q_DN2.to(alpha.dtype), gamma / math.sqrt(num_modes)
 
 
+_NO_ROTATION = -120.0  # as theta: an angle of 5e-52, which is 0 in float32
 _Coefficients = tuple[Tensor, Tensor, Tensor]
 
 
@@ -114,6 +133,8 @@ class ComplexEMA(Float32Module):
         self.theta = nn.Parameter(torch.empty(dim, 1, 1))
         self.gamma = nn.Parameter(torch.empty(dim, modes, 2))
         self.omega = nn.Parameter(torch.empty(dim, 1))
+        self.rotates = config.ema == "complex"
+        self.theta.requires_grad_(self.rotates)
         self._cached: tuple[Any, _Coefficients] | None = None
         self.reset_parameters()
 
@@ -125,6 +146,8 @@ class ComplexEMA(Float32Module):
         nn.init.normal_(self.delta, std=0.2)
         rank = torch.randperm(dim, device=self.theta.device) + 1
         self.theta.copy_(torch.logit(torch.exp(rank * (-math.log(dim) / dim))).view(dim, 1, 1))
+        if not self.rotates:
+            self.theta.fill_(_NO_ROTATION)
         nn.init.normal_(self.gamma)
         self.gamma[..., 1].zero_()
         nn.init.trunc_normal_(self.omega, std=0.25, a=-1.0, b=1.0)

@@ -15,7 +15,7 @@ from torch.nn import functional
 from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.model.attention import Attend, OneChunk, Rotation, plan_attention
 from megalodon_deploy.model.block import Block, Call, LayerState
-from megalodon_deploy.model.layers import TimestepNorm
+from megalodon_deploy.model.layers import stream_norm
 from megalodon_deploy.model.model_state import ModelState
 
 __all__ = ["Megalodon", "ModelState"]
@@ -34,7 +34,7 @@ class Output(nn.Module):
 
     def __init__(self, config: MegalodonConfig) -> None:
         super().__init__()
-        self.final_norm = TimestepNorm(config)
+        self.final_norm = stream_norm(config)
         self.output: nn.Linear | None = None
         if not config.share_emb:
             self.output = nn.Linear(config.model_dim, config.vocab_size, bias=False)

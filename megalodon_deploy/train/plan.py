@@ -113,6 +113,8 @@ class OneProcess:
         if num_steps == 0:
             return
         for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
             moments = {moment: snapshot.moments[f"{moment}.{name}"] for moment in MOMENTS}
             optimizer.state[parameter] = {
                 "step": torch.tensor(float(num_steps), device=parameter.device),

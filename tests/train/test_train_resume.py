@@ -51,7 +51,7 @@ def stop_after(steps: int, config: TrainConfig) -> Any:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"data__rows": "documents"},
+        {"data__rows": "documents", "model__ema": "real"},  # theta has no moments
         {"data__rows": "windows", "run__micro_batch_size": 3},
         {"data__rows": "streams", "run__seq_len": 48},
         {"data__rows": "streams", "run__seq_len": 12, "run__micro_batch_size": 2},  # rows within their chunks

@@ -68,6 +68,6 @@ def save_checkpoint(
         if layout == "native":
             write_native(directory, model.config, state, tokenizer)
         else:
-            write_released(directory, model.config, state, tokenizer, shards)
+            write_released(directory, model.config.released(), state, tokenizer, shards)
         if tokenizer and tokenizer.file:
             shutil.copyfile(tokenizer.file, directory / tokenizer.file.name)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.errors import BundleError, UserError
 from megalodon_deploy.files import sha256_file
+from megalodon_deploy.quality import Quality
 from megalodon_deploy.quantization import Quantization
 from megalodon_deploy.state import state_specs
 
@@ -79,6 +80,7 @@ class Manifest:
     files: Mapping[str, FileEntry]  # by path relative to the bundle, with forward slashes
     tools: Mapping[str, str]  # versions of what wrote it
     source: Mapping[str, str]  # layout and fingerprint of the checkpoint
+    quality: Quality | None = None  # what the quality gate measured
 
     @property
     def fingerprint(self) -> str:
@@ -126,6 +128,7 @@ class Manifest:
             "files": {path: asdict(entry) for path, entry in self.files.items()},
             "tools": dict(self.tools),
             "source": dict(self.source),
+            "quality": None if self.quality is None else self.quality.to_dict(),
         }
         return json.dumps(document, indent=2) + "\n"
 
@@ -145,6 +148,7 @@ class Manifest:
                 files={path: _file_entry(path, entry) for path, entry in document["files"].items()},
                 tools=dict(document["tools"]),
                 source=dict(document["source"]),
+                quality=_quality(document["quality"]),
             )
         except UserError as error:
             raise BundleError(f"{where}: {error}") from error
@@ -260,6 +264,10 @@ def _choice(value: Any, literal: Any) -> Any:
 
 def _quantization(values: Mapping[str, Any] | None) -> Quantization | None:
     return None if values is None else Quantization.from_dict(values)
+
+
+def _quality(values: Mapping[str, Any] | None) -> Quality | None:
+    return None if values is None else Quality.from_dict(values)
 
 
 def _tokenizer(values: Mapping[str, Any]) -> TokenizerInfo:

@@ -9,6 +9,7 @@ import click
 
 from megalodon_deploy.commands.common import EXISTING, OUTPUT, echo_json, json_option
 from megalodon_deploy.console import format_bytes, progress_bar
+from megalodon_deploy.errors import CheckFailedError
 
 
 @click.command()
@@ -39,37 +40,30 @@ from megalodon_deploy.console import format_bytes, progress_bar
     show_default=True,
     help="Standard operators, or one operator that our TensorRT plugin computes.",
 )
+@click.option("--calibrate", type=EXISTING, metavar="FILE", help="Choose codes with GPTQ on this text.")
+@click.option(
+    "--gate", type=EXISTING, metavar="FILE", help="Measure quality on this held-out text; exit 1 if it fails."
+)
 @click.option("--name", help="Name of the model in the bundle; default: the directory's.")
 @click.option("--tokenizer", type=EXISTING, help="tokenizer.json or SentencePiece model; default: the checkpoint's.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
 @json_option
-def export(
-    ckpt: Path,
-    out: Path,
-    quantize: str | None,
-    block_size: int | None,
-    quantize_output: str | None,
-    as_json: bool,
-    **options: Any,
-) -> None:
+def export(ckpt: Path, out: Path, as_json: bool, **options: Any) -> None:
     """Write a checkpoint as a bundle: an ONNX graph, its weights and a manifest."""
     from megalodon_deploy.export import export_checkpoint
     from megalodon_deploy.inspection import inspect_bundle
 
     with progress_bar("export") as progress:
-        bundle = export_checkpoint(
-            ckpt,
-            out,
-            quantize=quantize,
-            block_size=block_size,
-            quantize_output=quantize_output,
-            progress=progress,
-            **options,
-        )
+        bundle = export_checkpoint(ckpt, out, progress=progress, **options)
     report = inspect_bundle(bundle)
+    quality = bundle.manifest.quality
     if as_json:
         echo_json(report)
     else:
         weights = format_bytes(report["weights_bytes"])
         types = report["precision"] + (f", {report['quantization']}" if report["quantization"] else "")
         click.echo(f"{out}: {report['num_parameters']:,} parameters, {weights} of weights, {types}")
+        if quality is not None and quality.passed:
+            click.echo(quality.describe())
+    if quality is not None and not quality.passed:
+        raise CheckFailedError(f"{out}: {quality.describe()}")

@@ -32,6 +32,8 @@ def export_checkpoint(
     quantize: str | None = None,
     block_size: int | None = None,
     quantize_output: str | None = None,
+    calibrate: str | Path | None = None,
+    gate: str | Path | None = None,
     attention: AttentionMode = "standard",
     name: str | None = None,
     tokenizer: str | Path | None = None,
@@ -49,6 +51,9 @@ def export_checkpoint(
         quantize: kind of the matrices' codes (`WeightKind`); default: matrices have the type of the activations.
         block_size: weights that share a scale along a column, 0 for all; default the kind's.
         quantize_output: the same for the output matrix, or "none"; default int8 beside 4 bits, else like the others.
+        calibrate: a text on which to choose codes with GPTQ, so that the matrices' outputs stay.
+        gate: a held-out text on which to compare the bundle with the checkpoint in float32; the manifest keeps the
+            numbers, and a bundle that fails its limits (`Quality`) passes no verification.
         attention: standard operators, or the operator ChunkAttention, for which engines have a plugin; its function
             body lets every other executor run it.
         name: the model's name in the manifest; default the name of `out`.
@@ -72,6 +77,8 @@ def export_checkpoint(
         quantize=quantize,
         block_size=block_size,
         quantize_output=quantize_output,
+        calibrate=Path(calibrate) if calibrate is not None else None,
+        gate=Path(gate) if gate is not None else None,
         attention=attention,
         name=name,
         tokenizer=Path(tokenizer) if tokenizer is not None else None,

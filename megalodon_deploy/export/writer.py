@@ -29,8 +29,10 @@ from megalodon_deploy.bundle import (
 )
 from megalodon_deploy.config import KeyValueType, MegalodonConfig
 from megalodon_deploy.errors import BundleError, UserError
+from megalodon_deploy.export.calibration import Calibration
 from megalodon_deploy.export.graph import build_model
 from megalodon_deploy.export.operators.schema import register_schemas
+from megalodon_deploy.export.quality import TORCH_TYPES, measure_quality, read_gate_text
 from megalodon_deploy.export.stream import INLINE_BYTES, WeightStream
 from megalodon_deploy.export.weights import check_quantization
 from megalodon_deploy.files import atomic_directory
@@ -40,6 +42,7 @@ from megalodon_deploy.quantization import Quantization, plan_quantization
 Progress = Callable[[str, float], None]
 
 _WEIGHTS_SHARE = 0.8  # of the time; the rest is hashing
+_HASHED_SHARE = 0.9
 _PAGE_BYTES = 4096  # weights begin on pages: executors map the file
 _TOOLS = ("numpy", "onnx", "onnx-ir", "torch")
 
@@ -54,6 +57,8 @@ class ExportOptions:
     quantize: str | None = None
     block_size: int | None = None
     quantize_output: str | None = None
+    calibrate: Path | None = None
+    gate: Path | None = None
     attention: AttentionMode = "standard"
     name: str | None = None
     tokenizer: Path | None = None
@@ -68,14 +73,19 @@ def write_bundle(ckpt: Path, out: Path, options: ExportOptions, progress: Progre
     config = replace(checkpoint.config.released(), kv_dtype=options.kv_dtype)
     quantization = _plan(config, options)
     tokenizer = _tokenizer(checkpoint, options.tokenizer)
+    text = read_gate_text(options.gate, tokenizer, config.vocab_size) if options.gate else None
+    calibrated = _calibration(checkpoint, tokenizer, options, quantization)
     try:
         with atomic_directory(out, overwrite=options.overwrite) as directory:
-            _write_model(checkpoint, config, directory, options, quantization, progress)
+            _write_model(WeightStream(checkpoint, calibrated), config, directory, options, quantization, progress)
             info = _copy_tokenizer(tokenizer, directory)
             progress("hashing", _WEIGHTS_SHARE)
             source = {"layout": checkpoint.layout, "fingerprint": checkpoint.fingerprint}
             name = options.name or out.resolve().name
             manifest = _manifest(config, source, directory, info, options, quantization, name)
+            if text is not None:
+                progress("measuring quality", _HASHED_SHARE)
+                manifest = replace(manifest, quality=measure_quality(Bundle(directory, manifest), checkpoint, text))
             (directory / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     except OSError as error:
         raise BundleError(f"{out}: cannot be written ({error.strerror or error}); nothing was left behind") from error
@@ -99,17 +109,28 @@ def _check_options(options: ExportOptions) -> None:
 def _plan(config: MegalodonConfig, options: ExportOptions) -> Quantization | None:
     """Formats of the matrices, fit for the model. Raises `UserError` naming what there is."""
     if options.quantize is None:
-        if options.block_size is not None or options.quantize_output is not None:
-            raise UserError("a block size or a format of the output goes with a kind of quantisation (--quantize)")
+        if any(value is not None for value in (options.block_size, options.quantize_output, options.calibrate)):
+            raise UserError(
+                "a block size, a format of the output and calibration go with a kind of quantisation (--quantize)"
+            )
         return None
     quantization = plan_quantization(
         options.quantize,
         block_size=options.block_size,
         output=options.quantize_output,
+        method="nearest" if options.calibrate is None else "gptq",
         shares_embedding=config.share_emb,
     )
     check_quantization(config, quantization)
     return quantization
+
+
+def _calibration(
+    checkpoint: Checkpoint, tokenizer: TokenizerSource, options: ExportOptions, quantization: Quantization | None
+) -> Calibration | None:
+    if options.calibrate is None or quantization is None:
+        return None
+    return Calibration(checkpoint, options.calibrate, tokenizer, quantization, TORCH_TYPES[options.precision])
 
 
 def _check_target(out: Path, *, overwrite: bool) -> None:
@@ -124,14 +145,13 @@ def _check_target(out: Path, *, overwrite: bool) -> None:
 
 
 def _write_model(
-    checkpoint: Checkpoint,
+    stream: WeightStream,
     config: MegalodonConfig,
     directory: Path,
     options: ExportOptions,
     quantization: Quantization | None,
     progress: Progress,
 ) -> None:
-    stream = WeightStream(checkpoint)
     model = build_model(
         config,
         stream,

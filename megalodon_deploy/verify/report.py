@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from megalodon_deploy.quality import Quality
 from megalodon_deploy.verify.bisection import Bisection
 from megalodon_deploy.verify.diagnosis import Diagnosis, diagnose
 from megalodon_deploy.verify.finding import Finding, in_words
@@ -28,7 +29,8 @@ def _now() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport:
-    """The outcome of `verify_bundle`. It passed when something was compared and nothing missed its tolerance."""
+    """The outcome of `verify_bundle`. It passed when something was compared, nothing missed its tolerance, and the
+    bundle did not fail its quality gate when it was exported."""
 
     bundle: dict[str, str]  # path, name, fingerprint, precision, logits
     config: dict[str, Any]
@@ -41,6 +43,7 @@ class VerifyReport:
     machine: dict[str, str]
     versions: dict[str, str]
     seconds: float
+    quality: Quality | None = None  # what the bundle's quality gate measured
     date: str = field(default_factory=_now)
     bisection: Bisection | None = None
     long_stream: LongStream | None = None
@@ -58,6 +61,8 @@ class VerifyReport:
         """What went wrong outside the calls of the schedules."""
         broken = [it.candidate for it in self.text if not it.is_finite]
         failures = [f"logits that are not finite over text, {candidate}" for candidate in broken]
+        if self.quality is not None and not self.quality.passed:
+            failures.append(self.quality.describe())
         if self.long_stream is not None:
             missed = [check for check in self.long_stream.checks if not check.passed]
             failures += [f"long stream: {it.what}: {it.value:.2g}, limit {it.limit:.2g}" for it in missed]
@@ -105,9 +110,10 @@ class VerifyReport:
         looks_like = [f"looks like {diagnosis.describe()}" for diagnosis in self.diagnoses]
         not_run = [f"not run: {item.what}: {item.why}" for item in self.not_run]
         count = self.verdict() if self.passed else f"{len(self.misses)} of {len(self.findings)} comparisons missed"
+        quality = [f"quality: {self.quality.describe()}"] if self.quality else []
         text = [f"text: {agreement.describe()}" for agreement in self.text]
         bisected = [f"bisection: {self.bisection.describe()}"] if self.bisection is not None else []
-        return [reference, *note, *text, *not_run, *looks_like, *bisected, f"{count}, {self.seconds:.1f} s"]
+        return [reference, *note, *quality, *text, *not_run, *looks_like, *bisected, f"{count}, {self.seconds:.1f} s"]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything above as JSON values; `comparisons` holds the worst tensor of each kind for every call."""
@@ -120,6 +126,7 @@ class VerifyReport:
             "verdict": self.verdict(),
             "bundle": self.bundle,
             "reference": self.reference,
+            "quality": self.quality.to_dict() if self.quality else None,
             "candidates": self.candidates,
             "num_compared": len(self.findings),
             "worst": [_finding_json(finding) for finding in self.worst],

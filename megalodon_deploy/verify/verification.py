@@ -94,6 +94,7 @@ def run_verification(bundle: Bundle, options: VerifyOptions, progress: Progress 
         machine=describe_machine(),
         versions=describe_versions(),
         seconds=0.0,
+        quality=bundle.manifest.quality,
     )
     bisection = _bisect(bundle, options, report) if options.bisect else None
     long_stream = None if options.tokens is None else run_long_stream(bundle, options.tokens, progress)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Literal
 
+from megalodon_deploy.errors import StateError
 from megalodon_deploy.runtime.generation import GeneratedToken
 from megalodon_deploy.runtime.saved_stream import SavedStream
 
@@ -62,6 +64,12 @@ class Request:
     def text(self) -> str:
         """The rest of the text, when it is complete."""
         return "".join(item.text for item in self)
+
+    def save(self, path: str | Path) -> None:
+        """Write the stream's state at the end to a file. Raises `StateError` unless it was kept and has ended well."""
+        if self.saved is None:
+            raise StateError(f"{path}: the request has no stream to save; submit it with keep=True and read it first")
+        self.saved.write(Path(path), self._scheduler.config)
 
     def cancel(self) -> None:
         """Stop before the next token; nothing happens when the request is done."""

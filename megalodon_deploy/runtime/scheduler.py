@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.errors import StateError, UserError
 from megalodon_deploy.runtime.generation import GeneratedToken, Generation
 from megalodon_deploy.runtime.request import OnToken, Request
@@ -107,6 +108,10 @@ class Scheduler:
                 if job.request is request:
                     job.is_cancelled = True
             self._changed.notify()
+
+    @property
+    def config(self) -> MegalodonConfig:
+        return self._session.config
 
     @property
     def num_waiting(self) -> int:

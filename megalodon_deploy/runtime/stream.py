@@ -37,8 +37,12 @@ class Stream:
         self._generator: Generator | None = None
 
     def prefill(self, tokens: Sequence[int]) -> np.ndarray:
-        """Consume tokens, in calls of a chunk at most; returns the logits [V] float32 that follow the last one."""
+        """Consume tokens, in calls of a chunk at most; returns the logits [V] float32 that follow the last one.
+
+        Tokens, here and elsewhere, may also be an array of integers, of numpy or on a GPU.
+        """
         start = time.perf_counter()
+        tokens = check_tokens(tokens, self._session.config.vocab_size)
         logits_V = self._batch.feed({self: tokens})[self]
         self.stats.prefill_tokens += len(tokens)
         self.stats.prefill_seconds += time.perf_counter() - start

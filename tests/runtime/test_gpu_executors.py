@@ -242,7 +242,7 @@ def test_onnxruntime_on_cuda_streams_what_the_cpu_streams(
     monkeypatch.setattr(onnxruntime_cuda, "load_session", load_session)
     monkeypatch.setattr(onnxruntime_cuda, "_DEVICE", "cpu")
     session = Session(bundle, OnnxRuntimeCudaExecutor(bundle, machine.gpu))
-    options = {"device_id": "0", "user_compute_stream": "77"}
+    options = {"device_id": "0", "user_compute_stream": "77", "use_tf32": "0"}
     assert opened == [[("CPUExecutionProvider", options)]]
     batch, on_cpu = session.batch(2), bundle.session(threads=1).stream()
     on_gpu, _ = batch.admit(), batch.admit()

@@ -111,10 +111,12 @@ def test_a_kept_stream_goes_on_in_another_request(session: Session, tmp_path: Pa
     head = scheduler.submit("abc", max_new_tokens=11, sampling=SETTINGS[1], keep=True)
     tokens = list(head)
     assert head.saved is not None
-    head.saved.write(tmp_path / "stream", CONFIG)
+    head.save(tmp_path / "stream")
     for resume in (head.saved, tmp_path / "stream"):
         tail = scheduler.submit(resume=resume, max_new_tokens=19, sampling=SETTINGS[1])
         assert [item.token for item in [*tokens, *tail]] == [item.token for item in whole]
+        with pytest.raises(StateError, match="keep=True"):
+            tail.save(tmp_path / "other")
 
 
 def test_stop_strings_callbacks_and_mistakes(session: Session, tmp_path: Path) -> None:

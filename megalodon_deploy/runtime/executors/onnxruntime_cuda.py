@@ -51,7 +51,8 @@ class OnnxRuntimeCudaExecutor:
         self.activation = activation_dtype(bundle.manifest.precision)
         self.returns_all_logits = bundle.manifest.logits == "all"
         self.gpu = gpu
-        options = {"device_id": str(gpu.index), "user_compute_stream": str(gpu.stream)}
+        # TF32 is on by default; a bundle in fp32 was exported to be exact.
+        options = {"device_id": str(gpu.index), "user_compute_stream": str(gpu.stream), "use_tf32": "0"}
         with gpu.current():
             session = load_session(bundle, threads, [(PROVIDER, options)])
         if PROVIDER not in session.get_providers():  # ONNX Runtime then goes on with the CPU alone

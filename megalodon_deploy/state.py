@@ -30,6 +30,7 @@ OPERATOR_VERSION = 1
 COMPLEX_EMA = "ComplexEMA"
 TIMESTEP_NORM = "TimestepNorm"
 CHUNK_ATTENTION = "ChunkAttention"
+TIMESTEP_NORM_COMPLEX_EMA = "TimestepNormComplexEMA"  # a plugin alone: the two operators where one reads the other
 EPSILON = "epsilon"  # TimestepNorm's attribute
 DEFAULT_EPSILON = 1e-5
 CHUNK_SIZE = "chunk_size"  # ChunkAttention's attribute, C

@@ -40,6 +40,7 @@ constexpr char kOperatorVersion[] = "{OPERATOR_VERSION}";
 constexpr char kComplexEma[] = "{COMPLEX_EMA}";
 constexpr char kTimestepNorm[] = "{TIMESTEP_NORM}";
 constexpr char kChunkAttention[] = "{CHUNK_ATTENTION}";
+constexpr char kTimestepNormComplexEma[] = "{TIMESTEP_NORM_COMPLEX_EMA}";
 constexpr char kEpsilon[] = "{EPSILON}";
 constexpr float kDefaultEpsilon = {DEFAULT_EPSILON}f;
 constexpr char kChunkSize[] = "{CHUNK_SIZE}";

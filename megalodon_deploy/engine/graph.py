@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megalodon_deploy.engine.fusion import fuse_norm_and_ema
 from megalodon_deploy.engine.loopless import loopless_complex_ema
 from megalodon_deploy.export.operators import DOMAIN
+from megalodon_deploy.state import COMPLEX_EMA, TIMESTEP_NORM, TIMESTEP_NORM_COMPLEX_EMA
 
 if TYPE_CHECKING:
     import onnx
 
 _LOOPING = "ComplexEMA"
+_FUSED = (TIMESTEP_NORM, COMPLEX_EMA, TIMESTEP_NORM_COMPLEX_EMA)  # the plugins that fusion needs
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ def prepare_graph(model_path: Path, plugin_operators: Iterable[str], chunk_size:
 
     TensorRT's parser prefers a model-local function to a plugin of the same name, so functions of
     `plugin_operators` are removed. ComplexEMA's function, if it stays, is replaced by one that TensorRT can compile.
-    TensorRT has no float64: what stays of it in other functions becomes float32.
+    Where there is a plugin for a TimestepNorm and the ComplexEMA behind it, it takes their place. TensorRT has no
+    float64: what stays of it in other functions becomes float32.
     """
     import onnx
 
@@ -47,6 +51,8 @@ def prepare_graph(model_path: Path, plugin_operators: Iterable[str], chunk_size:
     ]
     del model.functions[:]
     model.functions.extend(kept)
+    if operators.issuperset(_FUSED):
+        fuse_norm_and_ema(model.graph)
     nodes = Counter(node.op_type for node in model.graph.node if _is_plugin(node.domain, node.op_type, operators))
     narrowed = narrow_float64(model)
     return PreparedGraph(model.SerializeToString(), dict(nodes), narrowed)

@@ -4,7 +4,8 @@
 
 extern "C" MGD_API nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
     static nvinfer1::IPluginCreatorInterface* const creators[] = {
-        &megalodon::complex_ema_creator(), &megalodon::timestep_norm_creator(), &megalodon::chunk_attention_creator()};
+        &megalodon::complex_ema_creator(), &megalodon::timestep_norm_creator(), &megalodon::chunk_attention_creator(),
+        &megalodon::norm_ema_creator()};
     count = sizeof(creators) / sizeof(creators[0]);
     return creators;
 }

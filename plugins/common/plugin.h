@@ -156,6 +156,7 @@ class OperatorCreator : public nvinfer1::IPluginCreatorV3One {
 /// The creators, one for each operator; they live as long as the library.
 OperatorCreator& chunk_attention_creator();
 OperatorCreator& complex_ema_creator();
+OperatorCreator& norm_ema_creator();
 OperatorCreator& timestep_norm_creator();
 
 }  // namespace megalodon

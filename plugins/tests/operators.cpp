@@ -60,6 +60,26 @@ int call_chunk_attention(void* library, const Operator& op, const HostCall& call
         nullptr);
 }
 
+int call_norm_ema(void* library, const Operator& op, const HostCall& call) {
+    return find<decltype(mgd_timestep_norm_complex_ema)>(library, "mgd_timestep_norm_complex_ema")(
+        MGD_FLOAT32, op.size('B'), op.size('T'), op.size('D'), op.size('G'), op.size('N'), call.inputs[0],
+        call.input<float>(1), call.input<int64_t>(2), call.input<float>(3), call.input<float>(4),
+        static_cast<float>(call.fields.at(kEpsilon)), call.input<float>(5), call.input<float>(6), call.input<float>(7),
+        call.input<float>(8), call.input<float>(9), call.outputs[0], call.output<float>(1), call.outputs[2],
+        call.output<float>(3), call.workspace, call.workspace_bytes, nullptr);
+}
+
+Operator norm_ema(const char* variant, int64_t T) {
+    return {kTimestepNormComplexEma,
+            variant,
+            {activation("BTD"), float32("BG4"), int64("B"), float32("D"), float32("D"), float32("BDN2"), float32("DN"),
+             float32("KDN2"), float32("DN2"), float32("D")},
+            {activation("BTD"), float32("BG4"), activation("BTD"), float32("BDN2")},
+            {{kEpsilon, true, kDefaultEpsilon, 0.25, {0.0, -1e-5, INFINITY, NAN}}},
+            {{'B', 3}, {'T', T}, {'D', 12}, {'G', 6}, {'N', 5}, {'K', 7}},
+            call_norm_ema};
+}
+
 /// Memory of the activations' type, or of `stored` with scales.
 Operator chunk_attention(const char* variant, Tensor (*stored)(const char*), int64_t T) {
     Operator op{
@@ -103,7 +123,9 @@ const std::vector<Operator>& operators() {
                                               chunk_attention("plain", activation, 17),
                                               chunk_attention("oneToken", activation, 1),
                                               chunk_attention("int8", int8, 17),
-                                              chunk_attention("float8", float8, 1)};
+                                              chunk_attention("float8", float8, 1),
+                                              norm_ema("plain", 17),
+                                              norm_ema("oneToken", 1)};
     return all;
 }
 

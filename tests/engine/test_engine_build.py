@@ -39,8 +39,8 @@ def test_with_plugins(hand_made: HandMade, precision: Precision) -> None:
     stages: list[tuple[str, float]] = []
     info = build_engine(bundle, sm=(89, 80), progress=lambda stage, fraction: stages.append((stage, fraction)))
     assert info.id == f"tensorrt-rtx-{'.'.join(info.version.split('.')[:3])}-sm80+89-{precision}"
-    assert info.plugins == ("ComplexEMA", "TimestepNorm")
-    assert info.num_plugin_layers == 5
+    assert info.plugins == ("ComplexEMA", "TimestepNorm", "TimestepNormComplexEMA")
+    assert info.num_plugin_layers == 4
     assert info.norm_update == "float64"
     library = find_plugin_library()
     assert info.plugin_library is not None

@@ -15,6 +15,7 @@ import torch
 from helpers import assert_close, small_config
 
 from megalodon_deploy.bundle import AttentionMode, Bundle, Precision
+from megalodon_deploy.config import KeyValueType
 from megalodon_deploy.engine import build_engine, check_engine
 from megalodon_deploy.engine.child import _environment
 from megalodon_deploy.engine.graph import prepare_graph
@@ -33,12 +34,18 @@ def exported(tmp_path: Path) -> Exported:
     """`exported("fp16", swiglu=True)`: a small model with random weights, as a bundle."""
 
     def make(
-        precision: Precision, *, logits: Any = "last", attention: AttentionMode = "standard", **overrides: Any
+        precision: Precision,
+        *,
+        logits: Any = "last",
+        attention: AttentionMode = "standard",
+        kv_dtype: KeyValueType = "activation",
+        **overrides: Any,
     ) -> Bundle:
         torch.manual_seed(0)
         checkpoint, bundle = tmp_path / "checkpoint", tmp_path / "bundle"
         save_checkpoint(Megalodon(small_config(**overrides)), checkpoint)
-        return export_checkpoint(checkpoint, bundle, precision=precision, logits=logits, attention=attention)
+        choices = {"logits": logits, "attention": attention, "kv_dtype": kv_dtype}
+        return export_checkpoint(checkpoint, bundle, precision=precision, **choices)
 
     return make
 
@@ -54,8 +61,8 @@ def exported(tmp_path: Path) -> Exported:
 def test_every_operator_is_a_plugin(exported: Exported, precision: Precision, overrides: dict[str, Any]) -> None:
     bundle = exported(precision, **overrides)
     info = build_engine(bundle, max_batch=2)
-    assert info.plugins == ("ComplexEMA", "TimestepNorm")
-    assert info.num_plugin_layers == 2 * bundle.config.num_layers + 1
+    assert info.plugins == ("TimestepNorm", "TimestepNormComplexEMA")
+    assert info.num_plugin_layers == bundle.config.num_layers + 1
     assert info.norm_update == "float64"
     _check_weights_inside(bundle, check_engine(bundle, info))
 
@@ -76,12 +83,14 @@ def test_standard_operators_alone(exported: Exported, precision: Precision, over
     _check_weights_inside(bundle, check_engine(bundle, info))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_attention_as_a_plugin(exported: Exported, precision: Precision) -> None:
-    bundle = exported(precision, attention="plugin")
-    info = build_engine(bundle, sm=(80,), max_batch=2)
-    assert info.plugins == ("ChunkAttention", "ComplexEMA", "TimestepNorm")
-    assert info.num_plugin_layers == 3 * bundle.config.num_layers + 1
+@pytest.mark.parametrize(
+    ("precision", "kv_dtype"), [("fp32", "activation"), ("fp16", "activation"), ("fp16", "fp8"), ("bf16", "int8")]
+)
+def test_attention_as_a_plugin(exported: Exported, precision: Precision, kv_dtype: KeyValueType) -> None:
+    bundle = exported(precision, attention="plugin", kv_dtype=kv_dtype)
+    info = build_engine(bundle, sm=(89,), max_batch=2)
+    assert info.plugins == ("ChunkAttention", "TimestepNorm", "TimestepNormComplexEMA")
+    assert info.num_plugin_layers == 2 * bundle.config.num_layers + 1
     assert b"ChunkAttention" in check_engine(bundle, info).read_bytes()
 
 

@@ -15,7 +15,7 @@ import pytest
 from megalodon_deploy.engine import library
 from megalodon_deploy.engine.toolchain import find_program
 from megalodon_deploy.errors import EngineError, MissingDependencyError
-from megalodon_deploy.state import CHUNK_ATTENTION, COMPLEX_EMA, TIMESTEP_NORM
+from megalodon_deploy.state import CHUNK_ATTENTION, COMPLEX_EMA, TIMESTEP_NORM, TIMESTEP_NORM_COMPLEX_EMA
 
 TARGETS = {75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121}
 FATBIN_MAGIC = 0xBA55ED50
@@ -52,6 +52,7 @@ def test_only_the_intended_names_are_exported(plugin_path: Path) -> None:
     functions = {"abi_version", "status_string", *operators, *(f"{name}_workspace_bytes" for name in operators)}
     functions |= {"chunk_attention", "chunk_attention_workspace_bytes", "append_rows"}
     functions |= {"choose_tokens", "choose_tokens_workspace_bytes"}
+    functions |= {"timestep_norm_complex_ema", "timestep_norm_complex_ema_workspace_bytes"}
     assert exports(plugin_path) == {"getCreators", "setLoggerFinder"} | {f"mgd_{name}" for name in functions}
     assert exports(plugin_path.parent / library.REGISTER_FILE) == set()
 
@@ -151,7 +152,8 @@ registry = trt.get_plugin_registry()
 {load}
 print(*(f"{{creator.name}}/{{creator.plugin_version}}" for creator in registry.all_creators))
 """
-OURS = [f"{name}/1" for name in (COMPLEX_EMA, TIMESTEP_NORM, CHUNK_ATTENTION)]
+OPERATORS = (COMPLEX_EMA, TIMESTEP_NORM, CHUNK_ATTENTION, TIMESTEP_NORM_COMPLEX_EMA)
+OURS = [f"{name}/1" for name in OPERATORS]
 
 
 def creators_after(load: str) -> list[str]:

@@ -181,7 +181,7 @@ def test_sizes(tmp_path: Path) -> None:
 def test_engine_builds(tmp_path: Path, options: dict[str, Any], kind_in_graph: WeightKind) -> None:
     bundle = export_seeded(tmp_path, blocks_config(), **options)
     info = build_engine(bundle, sm=(120,))
-    assert info.num_plugin_layers == 5
+    assert info.num_plugin_layers == 3
     assert kind_in_graph in str(bundle.manifest.quantization)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import onnx
 from onnx.defs import OpSchema
@@ -12,14 +12,14 @@ from megalodon_deploy.export.operators.chunk_attention import NAME as CHUNK_ATTE
 from megalodon_deploy.export.operators.complex_ema import NAME as COMPLEX_EMA
 from megalodon_deploy.export.operators.timestep_norm import DEFAULT_EPSILON
 from megalodon_deploy.export.operators.timestep_norm import NAME as TIMESTEP_NORM
-from megalodon_deploy.state import CHUNK_SIZE
+from megalodon_deploy.state import CHUNK_SIZE, TIMESTEP_NORM_COMPLEX_EMA
 
 # Inputs in order: (name, type, dimensions). A dimension is a letter of `MegalodonConfig`, the width of a head or a
 # number; equal letters are equal sizes.
 Signature = tuple[tuple[str, str, tuple[str | int, ...]], ...]
 ACTIVATION, MEMORY, FLOAT, INT64 = "A", "M", "tensor(float)", "tensor(int64)"
 
-SIGNATURES: Mapping[str, Signature] = {
+SIGNATURES: dict[str, Signature] = {
     COMPLEX_EMA: (
         ("x", ACTIVATION, ("B", "T", "D")),
         ("past_cema", FLOAT, ("B", "D", "N", 2)),
@@ -47,12 +47,18 @@ SIGNATURES: Mapping[str, Signature] = {
         ("past_value_scale", FLOAT, ("B", "H", "S")),
     ),
 }
+# The two operators one after the other: a node that engines are built with, and that no exported graph has.
+SIGNATURES[TIMESTEP_NORM_COMPLEX_EMA] = (
+    *SIGNATURES[TIMESTEP_NORM],
+    *(entry for entry in SIGNATURES[COMPLEX_EMA] if entry[0] not in ("x", "position")),
+)
 _NUM_OPTIONAL = {CHUNK_ATTENTION: 2}  # of the last inputs
 # Outputs in order: (name, index of the input whose type and shape it has).
 _OUTPUTS = {
     COMPLEX_EMA: (("y", 0), ("present_cema", 1)),
     TIMESTEP_NORM: (("y", 0), ("present_norm", 1)),
     CHUNK_ATTENTION: (("out", 2),),
+    TIMESTEP_NORM_COMPLEX_EMA: (("u", 0), ("present_norm", 1), ("y", 0), ("present_cema", 5)),
 }
 _ACTIVATIONS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 _CONSTRAINTS = {
@@ -69,7 +75,7 @@ def register_schemas() -> None:
 
 
 def _attributes(name: str) -> list[OpSchema.Attribute]:
-    if name == TIMESTEP_NORM:
+    if name in (TIMESTEP_NORM, TIMESTEP_NORM_COMPLEX_EMA):
         default = onnx.helper.make_attribute("epsilon", DEFAULT_EPSILON)
         return [OpSchema.Attribute("epsilon", default, "added to variances")]
     if name == CHUNK_ATTENTION:

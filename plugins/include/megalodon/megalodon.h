@@ -170,6 +170,22 @@ MGD_API int mgd_chunk_attention(int dtype, int past_dtype, int64_t B, int64_t H,
                                 const float* past_value_scale, int64_t C, void* out, void* workspace,
                                 size_t workspace_bytes, void* stream);
 
+/* TimestepNorm, and ComplexEMA of what it gives: with T = 1 in one kernel, else in those of the two. All arguments are
+ * those of mgd_timestep_norm and mgd_complex_ema without `lengths`.
+ *
+ * u  [B, T, D]  dtype, output: y of TimestepNorm and x of ComplexEMA; must not overlap x
+ * y  [B, T, D]  dtype, output: y of ComplexEMA; must not overlap x or u
+ */
+MGD_API int mgd_timestep_norm_complex_ema(int dtype, int64_t B, int64_t T, int64_t D, int64_t G, int64_t N,
+                                          const void* x, const float* past_norm, const int64_t* position,
+                                          const float* weight, const float* bias, float epsilon, const float* past_cema,
+                                          const float* p, const float* q, const float* gamma, const float* omega,
+                                          void* u, float* present_norm, void* y, float* present_cema, void* workspace,
+                                          size_t workspace_bytes, void* stream);
+
+/* Bytes of device memory that mgd_timestep_norm_complex_ema needs as workspace; 0 for a few tokens. */
+MGD_API size_t mgd_timestep_norm_complex_ema_workspace_bytes(int64_t B, int64_t T, int64_t D, int64_t G, int64_t N);
+
 /* One tensor for mgd_append_rows. A row is any `row_bytes` bytes: dz or dv numbers of any type, or one scale. */
 struct mgd_append {
     const void* rows; /* [B, heads, T] rows */

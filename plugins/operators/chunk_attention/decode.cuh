@@ -108,7 +108,7 @@ __device__ void score_rows(const QuerySlice<kAccess>& query, const Stored* keys,
             for (int distance = query.lanes / 2; distance > 0; distance /= 2) {
                 product += __shfl_xor_sync(kWholeWarp, product, distance);
             }
-            if (r < count && query.lane == 0) scores[r] = scale == nullptr ? product : product * scale[r];
+            if (r < count) scores[r] = scale == nullptr ? product : product * scale[r];
         }
     }
 }

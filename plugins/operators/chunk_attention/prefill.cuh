@@ -257,7 +257,6 @@ __global__ void __launch_bounds__(kPrefillThreads) prefill_kernel(ChunkAttention
         }
         multiply_values(values, key_row, num_keys, first_column, place, tiles, totals);
     }
-    __syncthreads();
     if (place.score_lane == 0) {
 #pragma unroll
         for (int i = 0; i < kQuad; ++i) {

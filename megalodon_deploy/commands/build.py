@@ -23,12 +23,15 @@ def build(bundle_path: Path, target: str, sm: str | None, no_plugins: bool, as_j
     """Build a TensorRT engine into the bundle."""
     from megalodon_deploy.bundle import open_bundle
     from megalodon_deploy.engine import build_engine
+    from megalodon_deploy.engine.needs import estimate_needs
     from megalodon_deploy.engine.targets import parse_capabilities
 
+    bundle = open_bundle(bundle_path)
+    click.echo(estimate_needs(bundle, plugins=not no_plugins).describe(), err=True)
     capabilities = None if sm is None else parse_capabilities(sm)
     with progress_bar("build") as progress:
         info = build_engine(
-            open_bundle(bundle_path),
+            bundle,
             target=target,
             sm=capabilities,
             plugins=not no_plugins,

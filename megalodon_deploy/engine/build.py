@@ -10,17 +10,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from megalodon_deploy.bundle import ENGINE_FILE, ENGINE_INFO_FILE, ENGINES_DIR, WEIGHTS_FILE, Bundle, FileEntry
+from megalodon_deploy.bundle import ENGINE_FILE, ENGINE_INFO_FILE, ENGINES_DIR, Bundle, FileEntry
 from megalodon_deploy.engine.child import Progress, check_installed, run_job
 from megalodon_deploy.engine.info import EngineInfo, PluginLibraryInfo
 from megalodon_deploy.engine.job import BuildJob, BuildResult
 from megalodon_deploy.engine.library import check_abi, find_plugin_library
+from megalodon_deploy.engine.needs import estimate_needs
 from megalodon_deploy.engine.profile import optimization_profile
 from megalodon_deploy.engine.targets import check_flavour, select_capabilities
 from megalodon_deploy.errors import EngineError, MissingDependencyError
 from megalodon_deploy.files import atomic_directory
-
-_ENGINE_OVERHEAD_BYTES = 64 << 20  # what an engine holds besides weights, generously
 
 
 def build_engine(
@@ -49,9 +48,10 @@ def build_engine(
     profile = optimization_profile(bundle.config, max_batch=max_batch)
     check_installed(flavour)
     library = _plugin_library() if plugins else None
+    estimate_needs(bundle, plugins=plugins).check(bundle.path)
     engines_dir = bundle.path.resolve() / ENGINES_DIR
     started = time.monotonic()
-    with _work_folder(bundle, engines_dir) as folder:
+    with _work_folder(engines_dir) as folder:
         job = BuildJob(
             flavour=flavour,
             model_path=str(bundle.model_path.resolve()),
@@ -84,15 +84,8 @@ def _plugin_library() -> Path:
 
 
 @contextmanager
-def _work_folder(bundle: Bundle, engines_dir: Path) -> Iterator[Path]:
+def _work_folder(engines_dir: Path) -> Iterator[Path]:
     """A hidden folder in the bundle, where the engine grows and from where it can be renamed; gone afterwards."""
-    needed_bytes = bundle.manifest.files[WEIGHTS_FILE].size_bytes + _ENGINE_OVERHEAD_BYTES
-    free_bytes = shutil.disk_usage(bundle.path).free
-    if free_bytes < needed_bytes:
-        raise EngineError(
-            f"{bundle.path}: an engine takes about {needed_bytes / 1e9:.2f} GB there, {free_bytes / 1e9:.2f} GB are "
-            "free; make room"
-        )
     try:
         engines_dir.mkdir(exist_ok=True)
         folder = Path(tempfile.mkdtemp(dir=engines_dir, prefix=".build."))

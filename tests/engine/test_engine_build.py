@@ -105,7 +105,7 @@ def test_weights_of_the_wrong_size_are_refused(hand_made: HandMade) -> None:
 
 def test_no_room(untouched: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 30, 1 << 30, 1000))
-    with pytest.raises(EngineError, match=r"0\.00 GB are free; make room"):
+    with pytest.raises(EngineError, match=r"of disk \(free: 1,000 B\); make room"):
         build_engine(untouched, sm=(80,))
 
 

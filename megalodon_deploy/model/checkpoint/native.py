@@ -69,6 +69,14 @@ def write_native(
     directory: Path, config: MegalodonConfig, state: Mapping[str, torch.Tensor], tokenizer: TokenizerSource | None
 ) -> None:
     """Write `state` (released names, its own types) into `directory`."""
+    write_config(directory, config, tokenizer)
+    tensors = {spec.name: state[spec.name].detach().cpu().contiguous() for spec in parameter_specs(config)}
+    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": FORMAT})
+    shutil.copymode(directory / CONFIG_FILE, directory / WEIGHTS_FILE)  # safetensors lets nobody else read it
+
+
+def write_config(directory: Path, config: MegalodonConfig, tokenizer: TokenizerSource | None) -> None:
+    """Write what describes the weights beside them."""
     stated = tokenizer and {
         "kind": tokenizer.kind,
         "file": tokenizer.file.name if tokenizer.file else None,
@@ -76,6 +84,3 @@ def write_native(
     }
     document = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": config.to_dict(), "tokenizer": stated}
     write_json(directory / CONFIG_FILE, document)
-    tensors = {spec.name: state[spec.name].detach().cpu().contiguous() for spec in parameter_specs(config)}
-    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": FORMAT})
-    shutil.copymode(directory / CONFIG_FILE, directory / WEIGHTS_FILE)  # safetensors lets nobody else read it

@@ -89,3 +89,18 @@ def test_a_captured_append_follows_the_positions(kernels: KernelLibrary) -> None
         for b, place in enumerate(positions):
             expected[b, :, place % 8] = call.rows[0][b, :, 0]
         np.testing.assert_array_equal(memory.read().view(np.uint32), expected.view(np.uint32))
+
+
+def test_the_torch_op_takes_the_kernel_for_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU: torch.cuda.is_available() is False")
+    from megalodon_deploy.model.operators import chunk_attention
+
+    monkeypatch.setenv("MEGALODON_KERNELS", "cuda")
+    for num_tokens in (1, 7):
+        call = attention_inputs(T=num_tokens, S=300, dz=256, dv=2048, filled=[300, 0, 7])
+        names = ("q", "k", "v", "past_key", "past_value", "position")
+        inputs = [torch.from_numpy(getattr(call, name)).cuda() for name in names]
+        out = chunk_attention(*inputs, call.chunk_size)
+        assert_close(out.cpu().numpy(), attention_reference(call), 1e-5, f"{num_tokens} tokens")

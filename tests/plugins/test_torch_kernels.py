@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from attention_helpers import attention_inputs, attention_reference
 from helpers import assert_close
 from kernel_helpers import EPSILON, complex_ema_inputs, timestep_norm_inputs
 from model.random_models import CONFIGS, random_model, random_tokens
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from megalodon_deploy.engine import library
 from megalodon_deploy.errors import UserError
-from megalodon_deploy.model.operators import complex_ema, kernels, timestep_norm
+from megalodon_deploy.model.operators import chunk_attention, complex_ema, kernels, timestep_norm
 from megalodon_deploy.model.operators.complex_ema import complex_ema_backward
 from megalodon_deploy.model.operators.timestep_norm import timestep_norm_backward
 
@@ -44,7 +45,11 @@ def calls(emulated: kernels.Kernels, monkeypatch: pytest.MonkeyPatch) -> list[st
         run(name, *rest)
 
     monkeypatch.setattr(emulated, "_run", recorded)
-    monkeypatch.setattr(kernels, "kernels_for", lambda x, state: emulated if state.dtype == torch.float32 else None)
+
+    def chosen(x: Tensor, state: Tensor | None = None) -> kernels.Kernels | None:
+        return None if x.dtype == torch.float64 or (state is not None and state.dtype == torch.float64) else emulated
+
+    monkeypatch.setattr(kernels, "kernels_for", chosen)
     return called
 
 
@@ -150,6 +155,35 @@ def test_a_compiled_training_step_calls_each_kernel_once_a_layer(calls: list[str
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         assert (one - other).norm() <= 1e-4 * other.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_attention_of_one_token_takes_the_kernel(calls: list[str], dtype: torch.dtype) -> None:
+    call = attention_inputs(T=1, S=30, dz=8, dv=16, filled=[30, 0, 7])
+    arrays = (call.q, call.k, call.v, call.past_key, call.past_value)
+    inputs = [torch.from_numpy(array).to(dtype) for array in arrays]
+    out = chunk_attention(*inputs, torch.from_numpy(call.position), call.chunk_size)
+    assert calls == ["chunk_attention"]
+    assert out.dtype == dtype
+    assert_close(out.double().numpy(), attention_reference(call), 4 * TOLERANCES[dtype])  # all inputs are rounded
+
+
+@pytest.mark.parametrize(("B", "H"), [(1, 1), (1, 3), (3, 1), (2, 3)])
+def test_growing_memory_is_not_copied(emulated: kernels.Kernels, B: int, H: int) -> None:
+    """A stream's memory is the begin of a buffer; what lies behind is never read."""
+    call = attention_inputs(T=1, S=20, dz=4, dv=6, filled=[9] * B, H=H)
+    q, k, v, *buffers = (torch.from_numpy(getattr(call, name)) for name in ("q", "k", "v", "past_key", "past_value"))
+    memory = [buffer[:, :, :9] for buffer in buffers]
+    for rows, buffer in zip(memory, buffers, strict=True):
+        found = kernels._buffer(rows)
+        assert found.is_contiguous()
+        assert found.data_ptr() == buffer.data_ptr()
+        assert torch.equal(found[:, :, :9], rows)
+        for other in (buffer[:, :, 3:12], buffer.mT.contiguous().mT[:, :, :9], buffer[:, :1].expand(B, 2, 20, -1)):
+            again = kernels._buffer(other)
+            assert torch.equal(again[:, :, : other.shape[2]].nan_to_num(), other.nan_to_num())
+    out = emulated.chunk_attention(q, k, v, *memory, torch.from_numpy(call.position), call.chunk_size)
+    assert_close(out.numpy(), attention_reference(call), TOLERANCES[torch.float32])
 
 
 def test_a_failing_call_says_what_the_library_says(calls: list[str]) -> None:

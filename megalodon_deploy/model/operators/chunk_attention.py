@@ -17,6 +17,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megalodon_deploy.model.operators import kernels
+
+_MAX_KEY_WIDTH, _MAX_VALUE_WIDTH = 256, 2048  # MGD_MAX_KEY_WIDTH, MGD_MAX_VALUE_WIDTH
+
 
 def _visible_past(past: Tensor, masked_BS: Tensor | None) -> Tensor:
     """Rows [B, H, S, .] with zeros where `masked_BS` is true."""
@@ -54,6 +58,11 @@ def _weights(q: Tensor, k: Tensor, past_key: Tensor, masked_BS: Tensor | None) -
     return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
+def _is_decode(q: Tensor, v: Tensor) -> bool:
+    """One token, of heads that the kernel takes. Many tokens are matrix products: PyTorch has tensor cores for them."""
+    return q.shape[2] == 1 and q.shape[3] <= _MAX_KEY_WIDTH and v.shape[3] <= _MAX_VALUE_WIDTH
+
+
 @torch.library.custom_op("megalodon::chunk_attention", mutates_args=())
 def chunk_attention(
     q: Tensor, k: Tensor, v: Tensor, past_key: Tensor, past_value: Tensor, position: Tensor, chunk_size: int
@@ -70,6 +79,8 @@ def chunk_attention(
     Returns:
         [B, H, T, e].
     """
+    if _is_decode(q, v) and (found := kernels.kernels_for(q)):
+        return found.chunk_attention(q, k, v, past_key, past_value, position, chunk_size)
     past_key, past_value, masked_BS = _trim(past_key, past_value, position, chunk_size)
     weights = _weights(q, k, past_key, masked_BS).to(v.dtype)
     num_past = past_key.shape[2]

@@ -26,7 +26,7 @@ _REFERENCE, _CUDA = "reference", "cuda"  # values of KERNELS_VARIABLE
 
 
 class Kernels:
-    """Both operators, forward and backward, of one library file; arguments and results as those of the operators.
+    """The operators of one library file, the recurrent ones forward and backward; arguments and results are theirs.
 
     Tensors lie where the library computes: on a GPU, or in host memory for the kernels compiled for the CPU. The
     activations are float32, float16 or bfloat16, states and coefficients float32. Raises `RuntimeError` with the
@@ -80,6 +80,18 @@ class Kernels:
         self._run("timestep_norm_backward", sizes, sizes, arguments, results)
         return results
 
+    def chunk_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, past_key: Tensor, past_value: Tensor, position: Tensor, chunk_size: int
+    ) -> Tensor:
+        """Memory that is the begin of a larger buffer, as growing streams have it, is read where it lies."""
+        buffers = _buffer(past_key), _buffer(past_value)
+        past = buffers if buffers[0].shape[2] == buffers[1].shape[2] else (past_key, past_value)
+        (B, H, T, dz), dv, S = q.shape, v.shape[3], past[0].shape[2]
+        result, dtype = _output(v), _DTYPES[q.dtype]
+        arguments: list[Tensor | float | None] = [q, k, v, *past, position, None, None, chunk_size]
+        self._run("chunk_attention", (B, H, T, S, dz, dv), (B, H, S, dv), arguments, [result], (dtype, dtype))
+        return result
+
     def _run(
         self,
         name: str,
@@ -87,15 +99,19 @@ class Kernels:
         workspace_sizes: tuple[int, ...],
         arguments: Sequence[Tensor | float | None],
         results: list[Tensor],
+        dtypes: tuple[int, ...] = (),
     ) -> None:
-        """Call mgd_NAME: dtype, sizes, arguments, results, workspace, stream. The first result is like x."""
+        """Call mgd_NAME: dtypes, sizes, arguments, results, workspace, stream. The first result is like x.
+
+        `dtypes` are that of x alone where none are given.
+        """
         x = results[0]
         workspace = torch.empty(self._workspace_bytes(name, workspace_sizes), dtype=torch.uint8, device=x.device)
         tensors = [value.contiguous() if isinstance(value, Tensor) else value for value in arguments]
         with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
             stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else None
             status = self._library[f"mgd_{name}"](
-                _DTYPES[x.dtype],
+                *(dtypes or (_DTYPES[x.dtype],)),
                 *map(ctypes.c_int64, sizes),
                 *map(_as_argument, (*tensors, *results, workspace)),
                 ctypes.c_size_t(workspace.numel()),
@@ -114,20 +130,33 @@ def _output(like: Tensor) -> Tensor:
     return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
-def _as_argument(value: Tensor | float | None) -> ctypes.c_void_p | ctypes.c_float | None:
+def _buffer(rows: Tensor) -> Tensor:
+    """The dense buffer [B, H, more, width] that `rows` [B, H, S, width] begin; without one, `rows` themselves."""
+    (B, H, S, width), (batch_step, head_step, row_step, step) = rows.shape, rows.stride()
+    between = head_step if H > 1 else batch_step if B > 1 else S * width
+    is_begin = step == 1 and row_step == width and between % width == 0 and (B == 1 or batch_step == H * between)
+    num_elements = rows.untyped_storage().nbytes() // rows.element_size() - rows.storage_offset()
+    if not is_begin or between < S * width or B * H * between > num_elements:
+        return rows
+    return rows.as_strided((B, H, between // width, width), (H * between, between, width, 1))
+
+
+def _as_argument(value: Tensor | float | None) -> ctypes.c_void_p | ctypes.c_float | ctypes.c_int64 | None:
     if isinstance(value, Tensor):
         return ctypes.c_void_p(value.data_ptr())
-    return None if value is None else ctypes.c_float(value)
+    if value is None:
+        return None
+    return ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_float(value)
 
 
-def kernels_for(x: Tensor, state: Tensor) -> Kernels | None:
-    """The kernels that take these tensors, None for PyTorch's own operators.
+def kernels_for(x: Tensor, state: Tensor | None = None) -> Kernels | None:
+    """The kernels that take these tensors, None for PyTorch's own operators. `state`: of a recurrent operator.
 
     None for tensors that are not on a GPU, for float64 ones, under `MEGALODON_KERNELS=reference`, and, after one
     warning, where there is no library. Raises `UserError` for another value of that variable, or when it is `cuda` and
     there is no library of this package's ABI version.
     """
-    if not x.is_cuda or x.dtype not in _DTYPES or state.dtype != torch.float32:
+    if not x.is_cuda or x.dtype not in _DTYPES or (state is not None and state.dtype != torch.float32):
         return None
     chosen = os.environ.get(KERNELS_VARIABLE, "")
     if chosen not in ("", _REFERENCE, _CUDA):

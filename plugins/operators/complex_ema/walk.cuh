@@ -7,7 +7,7 @@
 
 namespace megalodon::complex_ema {
 
-constexpr int kGroup = 8;  // tokens whose outputs are added up over the lanes together
+constexpr int kGroup = 16;  // tokens whose outputs are added up over the lanes together: shuffles wait, once a group
 
 /// How every row is cut: `num` segments of `tokens` tokens (the last may be shorter).
 struct Segments {

@@ -55,7 +55,7 @@ def run(change: dict[str, Any], seed: int, arguments: argparse.Namespace, folder
             "seed": seed,
             "threads": arguments.threads,
         },
-        "evaluation": {"times": 6, "rows": 64},
+        "evaluation": {"times": 4, "rows": 24},
     }
     return train(TrainConfig.from_tables(tables), overwrite=True)
 

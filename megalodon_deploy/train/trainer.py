@@ -44,11 +44,12 @@ def build_model(config: TrainConfig) -> Megalodon:
 
 
 def _prepare_blocks(model: Megalodon, config: TrainConfig) -> None:
+    """Compile and recompute by block. Both replace `forward`, so that hooks on a block's call stay outside."""
     for layer in model.layers:
+        if config.run.compile:
+            layer.forward = torch.compile(layer.forward)
         if config.run.checkpoint_activations:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-        if config.run.compile:
-            layer.compile()
 
 
 class Trainer:

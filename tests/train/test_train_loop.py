@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import signal
@@ -42,6 +43,17 @@ def test_a_short_run_lowers_the_loss_on_real_text(tmp_path: Path) -> None:
     assert result.tokens == 30 * 4 * 60
     assert [point.step for point in result.curve] == [10, 20, 30]
     assert not result.interrupted
+
+
+def test_three_hundred_steps_reach_the_stated_loss(tmp_path: Path) -> None:
+    """The bands hold seeds 0 to 2 with room for other Python versions, whose source is the text."""
+    shape = {"run__seq_len": 128, "model__model_dim": 48, "model__chunk_size": 64}
+    settings = {"evaluation__times": 1, "evaluation__rows": 32, "log__every_steps": 100}
+    result = train(tiny_run(tmp_path, run__steps=300, **shape, **settings))
+    assert result.train_loss is not None
+    assert result.held_out_loss is not None
+    assert 0.9 < result.train_loss < 1.5  # measured: 1.16 to 1.20
+    assert 2.2 < result.held_out_loss < 2.8  # of a module that it has not seen; measured: 2.48 to 2.50
 
 
 @pytest.mark.parametrize("rows", ["documents", "windows", "streams"])
@@ -91,6 +103,26 @@ def test_micro_batches_recomputation_and_loss_blocks_change_nothing_but_rounding
         train(moved(config, tmp_path / name))
         found, expected = map(losses, (tmp_path / name, tmp_path / "plain"))
         assert [float(x) for x in found] == pytest.approx([float(x) for x in expected], abs=2e-4), name
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_blocks_compute_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recompute: bool) -> None:
+    """With the compiler's tracer and without its code generator, which takes minutes."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    plain = tiny_run(tmp_path, run__steps=3, data__rows="windows", evaluation__times=1)
+    train(moved(plain, tmp_path / "plain"))
+    settings = {"run__compile": True, "run__checkpoint_activations": recompute}
+    config = tiny_run(tmp_path, run__steps=3, data__rows="windows", evaluation__times=1, **settings)
+    train(moved(config, tmp_path / "compiled"))
+    assert graphs
+    found, expected = map(losses, (tmp_path / "compiled", tmp_path / "plain"))
+    assert [float(x) for x in found] == pytest.approx([float(x) for x in expected], abs=1e-4)
 
 
 def test_bfloat16_follows_float32_with_float32_weights(tmp_path: Path) -> None:

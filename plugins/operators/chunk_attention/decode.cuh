@@ -222,8 +222,9 @@ __device__ inline float own_score(const ChunkAttentionCall& call, int64_t head, 
 /// share the parts.
 __global__ void __launch_bounds__(kJoinThreads) join_kernel(ChunkAttentionCall call, Split split) {
     MGD_SHARED(float, totals, kJoinThreads);
-    const int64_t column_blocks = (call.value_width + kWarpSize - 1) / kWarpSize;
-    const int64_t head = blockIdx.x / column_blocks, b = head / call.H;
+    const unsigned column_blocks = static_cast<unsigned>(call.value_width + kWarpSize - 1) / kWarpSize;
+    const unsigned head_index = blockIdx.x / column_blocks;  // divided as 64 bits, some GPUs run out of registers
+    const int64_t head = head_index, b = head_index / static_cast<unsigned>(call.H);
     const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = static_cast<int>(threadIdx.x) % kWarpSize;
     const int column = static_cast<int>(blockIdx.x % column_blocks) * kWarpSize + lane;
     const int num_filled = static_cast<int>((filled_rows(call, b) + split.rows - 1) / split.rows);

@@ -97,14 +97,19 @@ class RunFolder:
             save_file(snapshot.moments, directory / _TRAINING / _MOMENTS)
             save_file(snapshot.stream, directory / _TRAINING / _STREAM)
             (directory / _TRAINING / _PROGRESS).write_text(json.dumps(progress, indent=1) + "\n", encoding="utf-8")
-        self._link(LATEST, step)
-        if best_step in self.steps():
-            self._link(BEST, best_step)
+        self.link(best_step)
         for old in self.steps()[: -self.keep]:
             if old != best_step:
                 hidden = self.folder / f".{_PREFIX}{old:08d}.removed"
                 os.rename(self.path(old), hidden)
                 shutil.rmtree(hidden)
+
+    def link(self, best_step: int | None) -> None:
+        """Let `latest` and `best` lead to their checkpoints, of which there is one at least."""
+        steps = self.steps()
+        self._link(LATEST, steps[-1])
+        if best_step in steps:
+            self._link(BEST, best_step)
 
     def read_progress(self, step: int) -> dict[str, Any]:
         """Raises `TrainError` when the file is damaged."""

@@ -103,7 +103,9 @@ class OptimizerConfig(Section):
 class CheckpointConfig(Section):
     """What is kept on disk."""
 
-    every_steps: int | None = setting("write a checkpoint; default: with each evaluation", None, least=1)
+    every_steps: int | None = setting(
+        "write a checkpoint so often, and at each best evaluation; default: at each evaluation", None, least=1
+    )
     keep: int = setting("latest checkpoints that are kept, and the best one besides", 2, least=1)
 
 

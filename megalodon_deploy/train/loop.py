@@ -83,6 +83,8 @@ class Session:
             if not resume:
                 self.folder.clear()
             self.folder.begin(self.config.to_toml())
+            if self.saved_step is not None:
+                self.folder.link(self.trainer.best_step)  # a kill may have come between checkpoint and link
             self.log = RunLog(self.config.run.out, self.config.log, self.trainer.num_steps)
         self.plan.barrier()
 
@@ -137,10 +139,9 @@ class Session:
         if snapshot is None:
             return
         progress = {"identity": self._identity(), **trainer.progress()}
-        best_step = trainer.best[0] if trainer.best else None
         tokenizer = _tokenizer_source(self.config)
         self.writer.submit(
-            self.folder.write, trainer.num_steps, self.config.model, snapshot, progress, tokenizer, best_step
+            self.folder.write, trainer.num_steps, self.config.model, snapshot, progress, tokenizer, trainer.best_step
         )
 
     def _identity(self) -> dict[str, Any]:

@@ -175,9 +175,15 @@ class Trainer:
         """The first one that lies ahead."""
         return int(self.fraction * self.config.evaluation.times) + 1
 
+    @property
+    def best_step(self) -> int | None:
+        """Where the held-out loss was lowest."""
+        return self.best[0] if self.best else None
+
     def is_checkpoint_due(self, *, evaluated: bool) -> bool:
+        """When it is time, and whenever an evaluation is the best so far: the best model is always on disk."""
         every = self.config.checkpoint.every_steps
-        return evaluated if every is None else self.num_steps % every == 0
+        return evaluated if every is None else self.num_steps % every == 0 or self.best_step == self.num_steps
 
     @torch.no_grad()
     def evaluate(self) -> None:

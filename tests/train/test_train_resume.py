@@ -118,6 +118,25 @@ def test_the_latest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert steps == sorted({best, 7, 8})
 
 
+def test_the_best_model_is_on_disk_whenever_it_was_found(tmp_path: Path) -> None:
+    times = {"checkpoint__every_steps": 4, "checkpoint__keep": 1, "evaluation__every_steps": 3}
+    out = train(tiny_run(tmp_path, run__steps=8, **times)).path
+    losses = {int(row["step"]): row["held_out_loss"] for row in read_log(out / "log.csv") if row["held_out_loss"]}
+    best = min(losses, key=lambda step: float(losses[step]))
+    assert (out / "best").resolve().name == f"step-{best:08d}"
+    assert RunFolder(out, 1).steps() == sorted({best, 8})
+
+
+def test_links_that_a_kill_left_behind_are_mended(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, run__steps=3, evaluation__times=3)
+    out = train(config).path
+    for name in ("latest", "best"):
+        (out / name).unlink()
+        (out / name).symlink_to("checkpoints/step-00000002")
+    train(config, resume=True)
+    assert (out / "latest").resolve().name == (out / "best").resolve().name == "step-00000003"
+
+
 def test_a_finished_run_may_be_made_longer(tmp_path: Path) -> None:
     train(tiny_run(tmp_path, run__steps=4))
     assert train(tiny_run(tmp_path, run__steps=6), resume=True).steps == 6

@@ -314,17 +314,17 @@ class FakeEngine:
         self.gpu, self.max_slots = gpu, max_slots
         self.contexts: list[FakeContext] = []
 
-    def open_context(self) -> FakeContext:
+    def open_context(self, *, fixed_shapes: bool) -> FakeContext:
         self.gpu._check_call()
-        self.contexts.append(FakeContext(self))
+        self.contexts.append(FakeContext(self, fixed_shapes))
         return self.contexts[-1]
 
 
 class FakeContext:
     is_capturable = True
 
-    def __init__(self, engine: FakeEngine) -> None:
-        self.engine, self.gpu = engine, engine.gpu
+    def __init__(self, engine: FakeEngine, fixed_shapes: bool) -> None:
+        self.engine, self.gpu, self.fixed_shapes = engine, engine.gpu, fixed_shapes
         self.tensors: dict[str, Tensor] = {}
         self.has_run = False
 
@@ -334,6 +334,7 @@ class FakeContext:
         for name, tensor in tensors.items():
             assert tensor.address % 256 == 0, f"{name} is not aligned"
             self.gpu.check_device(tensor.address, tensor.size_bytes)
+        assert not (self.fixed_shapes and self.tensors), "bound again"
         self.tensors, self.has_run = dict(tensors), False
         self.binding = self.engine.runner.binding(tensors)
 

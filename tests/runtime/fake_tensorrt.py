@@ -55,10 +55,16 @@ class FakeTensorRT(ModuleType):
         class ILogger:
             Severity = SimpleNamespace(ERROR=1, INTERNAL_ERROR=0, WARNING=2)
 
+        class RuntimeConfig:
+            allocation = dynamic_shapes_kernel_specialization_strategy = ""
+
+            def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+                self.allocation = strategy
+
         class ExecutionContext:
-            def __init__(self) -> None:
+            def __init__(self, is_eager: bool) -> None:
                 with gpu.current():
-                    self.inner: FakeContext = engine.open_context()
+                    self.inner: FakeContext = engine.open_context(fixed_shapes=is_eager)
                 self.shapes: dict[str, tuple[int, ...]] = {}
                 self.addresses: dict[str, int] = {}
                 self.scratch = (0, 0)
@@ -106,9 +112,13 @@ class FakeTensorRT(ModuleType):
             def get_tensor_mode(self, name: str) -> str:
                 return "input" if name in inputs else "output"
 
-            def create_execution_context(self, strategy: str) -> ExecutionContext | None:
-                assert strategy == "user managed"
-                return None if "context" in fake.fails else ExecutionContext()
+            def create_runtime_config(self) -> RuntimeConfig:
+                return RuntimeConfig()
+
+            def create_execution_context(self, settings: RuntimeConfig) -> ExecutionContext | None:
+                assert settings.allocation == "user managed"
+                is_eager = settings.dynamic_shapes_kernel_specialization_strategy == "eager"
+                return None if "context" in fake.fails else ExecutionContext(is_eager)
 
         class Runtime:
             def __init__(self, logger: Any) -> None:
@@ -127,6 +137,7 @@ class FakeTensorRT(ModuleType):
         self.ILogger, self.Runtime = ILogger, Runtime
         self.TensorIOMode = SimpleNamespace(INPUT="input", OUTPUT="output")
         self.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
+        self.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager", LAZY="lazy")
         registry = SimpleNamespace(all_creators=[], load_library=load_library)
         self.get_plugin_registry = lambda: registry
         self.registry, self.runtime_engine = registry, engine

@@ -166,10 +166,16 @@ def test_the_real_module_has_what_is_called() -> None:
         trt.ICudaEngine: [
             "device_memory_size_v2",
             "create_execution_context",
+            "create_runtime_config",
             "get_tensor_name",
             "get_tensor_mode",
             "num_io_tensors",
         ],
+        trt.IRuntimeConfig: [
+            "set_execution_context_allocation_strategy",
+            "dynamic_shapes_kernel_specialization_strategy",
+        ],
+        trt.DynamicShapesKernelSpecializationStrategy: ["EAGER", "LAZY"],
         trt.IExecutionContext: [
             "set_device_memory",
             "set_input_shape",

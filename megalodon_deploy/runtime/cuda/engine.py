@@ -28,4 +28,6 @@ class Context(Protocol):
 class Engine(Protocol):
     max_slots: int  # of one call
 
-    def open_context(self) -> Context: ...
+    def open_context(self, *, fixed_shapes: bool) -> Context:
+        """`fixed_shapes`: it will be bound once and run often, so kernels made for its shapes are worth waiting for."""
+        ...

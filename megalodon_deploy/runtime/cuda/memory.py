@@ -287,12 +287,12 @@ class CudaMemory:
 
     @cached_property
     def _prompt_context(self) -> Context:
-        return self._executor.engine.open_context()
+        return self._executor.engine.open_context(fixed_shapes=False)
 
     def _step_context(self, half: int) -> Context:
         context = self._step_contexts[half]
         if context is None:
-            context = self._step_contexts[half] = self._executor.engine.open_context()
+            context = self._step_contexts[half] = self._executor.engine.open_context(fixed_shapes=True)
             context.bind(self._tensors(num_tokens=1))
         return context
 

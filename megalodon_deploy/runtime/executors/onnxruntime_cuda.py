@@ -75,7 +75,7 @@ class OnnxRuntimeEngine:
         self._run_options = onnxruntime.RunOptions()
         self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
-    def open_context(self) -> _Context:
+    def open_context(self, *, fixed_shapes: bool) -> _Context:
         return _Context(self)
 
     def binding(self, tensors: Mapping[str, Tensor]) -> Any:

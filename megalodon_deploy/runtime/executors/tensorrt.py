@@ -75,13 +75,25 @@ class _Engine:
         self._arena = Arena(gpu)
         self._scratch = self._arena.device({"scratch": self._scratch_bytes})["scratch"]
 
-    def open_context(self) -> _Context:
-        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = self._engine.create_execution_context(strategy)
+    def open_context(self, *, fixed_shapes: bool) -> _Context:
+        context = self._engine.create_execution_context(self._context_settings(fixed_shapes))
         if context is None:
             raise EngineError(f"TensorRT cannot make an execution context ({self._errors.take()}); open fewer slots")
         context.set_device_memory(self._scratch, self._scratch_bytes)
         return _Context(self._trt, self._engine, context, self._gpu, self._errors)
+
+    def _context_settings(self, fixed_shapes: bool) -> Any:
+        """Memory is ours in every context. TensorRT-RTX compiles kernels for the shapes of a call: by default while
+        general kernels already run, which a captured graph would keep for ever."""
+        memory = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        specialisation = getattr(self._trt, "DynamicShapesKernelSpecializationStrategy", None)
+        if specialisation is None:  # full TensorRT compiles nothing here
+            return memory
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(memory)
+        strategy = specialisation.EAGER if fixed_shapes else specialisation.LAZY
+        config.dynamic_shapes_kernel_specialization_strategy = strategy
+        return config
 
 
 class _Context:

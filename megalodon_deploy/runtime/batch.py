@@ -57,6 +57,16 @@ class StreamBatch:
         self._slots[slot] = weakref.ref(stream)
         return stream
 
+    def admit_copy(self, stream: Stream) -> Stream:
+        """A second stream in the state of one of this session's; both go on alike, random choices included."""
+        slot, source = self._free_slot(), stream.batch
+        if stream.position:
+            self._memory.copy(slot, source._memory, source._slot_of(stream), stream.position)
+        copy = Stream(self, slot)
+        copy.copy_from(stream)
+        self._slots[slot] = weakref.ref(copy)
+        return copy
+
     def take_over(self, stream: Stream) -> None:
         """Move a stream of another batch of this session to a free slot of this one; it leaves nothing behind."""
         slot, source = self._free_slot(), stream.batch

@@ -116,7 +116,7 @@ class Stream:
 
     def fork(self) -> Stream:
         """A second stream in this state, in a memory of its own. Both go on alike, random choices included."""
-        return self._session.stream(resume=self.snapshot())
+        return self._session.batch(1).admit_copy(self)
 
     # What follows up to the next comment is for `StreamBatch`.
 
@@ -162,6 +162,12 @@ class Stream:
 
     def moved(self, batch: StreamBatch, slot: int) -> None:
         self._batch, self.slot = batch, slot
+
+    def copy_from(self, other: Stream) -> None:
+        """Take over everything that is not in the batch's memory."""
+        self.position, self._recent, self._pending = other.position, list(other._recent), other._pending
+        self._resumed_logits_V = other._resumed_logits_V
+        self._generator = None if other._generator is None else replace(other._generator)
 
     def restore(self, saved: SavedStream) -> None:
         self.position, self._recent, self._pending = saved.position, list(saved.recent), saved.pending

@@ -9,82 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kernel_helpers import HostMemory, KernelLibrary, Tensor
+from choice_helpers import CHOICE_SETTINGS, ChoiceRow, run_choices
+from kernel_helpers import HostMemory, KernelLibrary
 from runtime.fake_gpu import FakeCudaExecutor, FakeGpu
 from runtime.small_models import SHORT_CHUNKS, make_model
 
 from megalodon_deploy.errors import EngineError
 from megalodon_deploy.export import export_checkpoint
 from megalodon_deploy.model.checkpoint import save_checkpoint
-from megalodon_deploy.runtime.cuda.kernels import CHOICE_DTYPE, Kernels
-from megalodon_deploy.runtime.sampling import Generator, SamplingParams, choose_token, penalised_tokens
+from megalodon_deploy.runtime.cuda.kernels import Kernels
+from megalodon_deploy.runtime.sampling import SamplingParams
 from megalodon_deploy.runtime.session import Session
-
-MAX_RECENT = 40
-SETTINGS = [
-    SamplingParams.greedy(),
-    SamplingParams(),
-    SamplingParams(temperature=0.3),
-    SamplingParams(temperature=5.0),
-    SamplingParams(top_k=1),
-    SamplingParams(top_k=7, temperature=3.0),
-    SamplingParams(top_p=0.2, temperature=4.0),
-    SamplingParams(top_p=0.95),
-    SamplingParams(min_p=0.3, temperature=2.0),
-    SamplingParams(min_p=1.0),
-    SamplingParams(top_k=50, top_p=0.7, min_p=0.05, temperature=3.0),
-    SamplingParams(temperature=0.0, repetition_penalty=3.0, repetition_window=40),
-    SamplingParams(repetition_penalty=0.4, repetition_window=10, top_p=0.8),
-]
-
-
-class Row:
-    """What one row of a call is asked, and what `sampling.py` answers."""
-
-    def __init__(self, logits_V: np.ndarray, params: SamplingParams, recent: list[int], seed: int) -> None:
-        self.logits_V, self.params, self.recent = logits_V, params, recent
-        self.uniform = Generator(seed).uniform()
-        self.expected = choose_token(logits_V, params, recent, Generator(seed))
-
-    def setting(self) -> tuple[float | int, ...]:
-        params, seen = self.params, penalised_tokens(self.recent, self.params)
-        filters = (params.temperature, params.top_p, params.min_p, params.repetition_penalty)
-        return (*filters, self.uniform, params.top_k or 0, len(seen), 1)
-
-
-def run(library: KernelLibrary, rows: list[Row | None]) -> np.ndarray:
-    """Tokens [B]; None is a row that is left out."""
-    vocab_size = next(row.logits_V.size for row in rows if row)
-    logits = np.full((len(rows), vocab_size), np.nan, np.float32)
-    settings = np.zeros(len(rows), CHOICE_DTYPE)
-    recent = np.full((len(rows), MAX_RECENT), 1 << 40, np.int64)
-    for index, row in enumerate(rows):
-        if row:
-            logits[index], settings[index] = row.logits_V, row.setting()
-            seen = penalised_tokens(row.recent, row.params)
-            recent[index, : len(seen)] = seen
-    function = library.library.mgd_choose_tokens_workspace_bytes
-    function.restype = ctypes.c_size_t
-    sizes = [ctypes.c_int64(len(rows)), ctypes.c_int64(vocab_size)]
-    workspace_bytes = function(*sizes)
-    assert workspace_bytes == 8 * logits.size
-    given = [Tensor(library.memory, array) for array in (logits, settings.view(np.int64), recent)]
-    tokens = Tensor(library.memory, np.full(len(rows), -7, np.int64))
-    workspace = Tensor(library.memory, np.full(logits.size, np.nan))
-    pointers = [tensor.pointer for tensor in given]
-    status = library.library.mgd_choose_tokens(
-        *sizes,
-        *pointers,
-        ctypes.c_int64(MAX_RECENT),
-        tokens.pointer,
-        workspace.pointer,
-        ctypes.c_size_t(workspace_bytes),
-        ctypes.c_void_p(library.memory.stream()),
-    )
-    assert status == 0, library.status_string(status)
-    workspace.read()
-    assert all(tensor.is_unchanged() for tensor in given), "an input was written"
-    return tokens.read()
 
 
 @pytest.fixture(scope="module")
@@ -95,39 +30,41 @@ def library(emulated_path: Path) -> KernelLibrary:
 @pytest.mark.parametrize("vocab_size", [1, 2, 50, 255, 257, 1000])
 def test_choices_are_those_of_the_runtime(library: KernelLibrary, vocab_size: int) -> None:
     rng = np.random.default_rng(vocab_size)
-    rows: list[Row | None] = []
-    for index, params in enumerate(SETTINGS):
+    rows: list[ChoiceRow | None] = []
+    for index, params in enumerate(CHOICE_SETTINGS):
         logits_V = rng.normal(0, 3, vocab_size).astype(np.float32)
         recent = rng.integers(0, vocab_size, 30).tolist()
-        rows.append(Row(logits_V, params, recent, seed=index))
-    found = run(library, [*rows, None])
+        rows.append(ChoiceRow(logits_V, params, recent, seed=index))
+    found = run_choices(library, [*rows, None])
     assert found.tolist() == [*[row.expected for row in rows if row], -7]
 
 
-@pytest.mark.parametrize("params", SETTINGS, ids=range(len(SETTINGS)))
+@pytest.mark.parametrize("params", CHOICE_SETTINGS, ids=range(len(CHOICE_SETTINGS)))
 def test_equal_logits_are_taken_in_token_order(library: KernelLibrary, params: SamplingParams) -> None:
     """Few distinct values: every border is shared, within a thread's run and over many."""
     rng = np.random.default_rng(3)
-    rows: list[Row | None] = []
+    rows: list[ChoiceRow | None] = []
     for seed in range(12):
         logits_V = rng.integers(-2, 3, 600).astype(np.float32)
-        rows.append(Row(logits_V, params, rng.integers(0, 600, 40).tolist(), seed))
-    assert run(library, rows).tolist() == [row.expected for row in rows if row]
+        rows.append(ChoiceRow(logits_V, params, rng.integers(0, 600, 40).tolist(), seed))
+    assert run_choices(library, rows).tolist() == [row.expected for row in rows if row]
 
 
 def test_draws_follow_the_distribution_to_its_ends(library: KernelLibrary) -> None:
     logits_V = np.log(np.array([0.1, 0.2, 0.3, 0.4], np.float32))
-    rows: list[Row | None] = []
+    rows: list[ChoiceRow | None] = []
     for uniform in (0.0, 0.0999, 0.1001, 0.2999, 0.3001, 0.5999, 0.6001, 1 - 2.0**-53):
-        row = Row(logits_V, SamplingParams(), [], seed=0)
+        row = ChoiceRow(logits_V, SamplingParams(), [], seed=0)
         row.uniform = uniform
         rows.append(row)
-    assert run(library, rows).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert run_choices(library, rows).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_broken_logits_give_no_token(library: KernelLibrary) -> None:
     good = np.arange(300, dtype=np.float32)
-    rows: list[Row | None] = [Row(good, params, [], 0) for params in (SETTINGS[0], SETTINGS[1]) for _ in range(4)]
+    rows: list[ChoiceRow | None] = [
+        ChoiceRow(good, params, [], 0) for params in (CHOICE_SETTINGS[0], CHOICE_SETTINGS[1]) for _ in range(4)
+    ]
     for index, value in enumerate([np.nan, np.inf, None, -np.inf] * 2):
         row = rows[index]
         assert row is not None
@@ -136,7 +73,7 @@ def test_broken_logits_give_no_token(library: KernelLibrary) -> None:
             row.logits_V[:] = value
         elif value is not None:
             row.logits_V[77] = value
-    found = run(library, rows)
+    found = run_choices(library, rows)
     assert (found[[0, 1, 3, 4, 5, 7]] == -1).all()
     assert (found[[2, 6]] >= 0).all()
 
@@ -186,7 +123,7 @@ def test_streams_over_compiled_kernels_are_those_of_the_cpu(emulated_path: Path,
     scheduler = Session(bundle, executor).serve(max_streams=2, prefill_tokens=10)
     alone = bundle.session(threads=1)
     requests = []
-    for index, params in enumerate([None, SETTINGS[6], SETTINGS[-1]]):
+    for index, params in enumerate([None, CHOICE_SETTINGS[6], CHOICE_SETTINGS[-1]]):
         seeded = params and SamplingParams(**{**vars(params), "seed": index})
         options: dict[str, Any] = {"prompt": [index, 7, 9] * 4, "max_new_tokens": 8, "sampling": seeded}
         requests.append((scheduler.submit(**options), options))

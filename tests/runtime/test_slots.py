@@ -78,7 +78,8 @@ class Crowd:
     def fork(self) -> None:
         stream, batch = self.any_stream(), self.free_batch()
         if stream is not None and batch is not None:
-            self.twins[batch.admit(resume=stream.snapshot())] = self.twins[stream].fork()
+            copy = batch.admit_copy(stream) if self.rng.random() < 0.5 else batch.admit(resume=stream.snapshot())
+            self.twins[copy] = self.twins[stream].fork()
 
     def save(self) -> None:
         """Save a stream, retire it, resume it wherever there is room."""

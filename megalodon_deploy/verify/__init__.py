@@ -2,24 +2,62 @@
 
 `verify_bundle` plans schedules of calls (`schedule`), computes them with PyTorch twice, each row's whole stream in one
 parallel call and call by call (`reference`), runs the graph in ONNX Runtime and the public runtime over the same calls
-(`candidates`), and compares every logit and every state tensor of every call (`compare`, `tolerance`). Runners and the
-comparison loop are Polygraphy's.
+(`candidates`), and compares every logit and every state tensor of every call (`compare`, `tolerance`). Misses are
+named (`diagnosis`) and looked into (`bisection`); long streams are held against float64 (`long_stream`). Runners and
+the comparison loop are Polygraphy's, and open to comparisons of a user's own (`library`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megalodon_deploy.bundle import Bundle
 from megalodon_deploy.errors import MissingDependencyError
 
 if TYPE_CHECKING:
+    from megalodon_deploy.verify.candidates import graph_contract as graph_contract
+    from megalodon_deploy.verify.compare import Contract as Contract
+    from megalodon_deploy.verify.compare import ContractCompare as ContractCompare
+    from megalodon_deploy.verify.finding import Finding as Finding
+    from megalodon_deploy.verify.library import onnxruntime_runner as onnxruntime_runner
+    from megalodon_deploy.verify.library import pytorch_runner as pytorch_runner
+    from megalodon_deploy.verify.library import session_runner as session_runner
+    from megalodon_deploy.verify.library import tensorrt_runner as tensorrt_runner
     from megalodon_deploy.verify.report import VerifyReport
+    from megalodon_deploy.verify.runners import feeds_of as feeds_of
+    from megalodon_deploy.verify.runners import make_feeds as make_feeds
+    from megalodon_deploy.verify.schedule import Schedule as Schedule
+    from megalodon_deploy.verify.schedule import Stretch as Stretch
+    from megalodon_deploy.verify.schedule import walk as walk
+
+_PUBLIC = {  # for comparisons of a user's own, with the module that each comes from; loaded on use
+    "Contract": "compare",
+    "ContractCompare": "compare",
+    "Finding": "finding",
+    "Schedule": "schedule",
+    "Stretch": "schedule",
+    "feeds_of": "runners",
+    "graph_contract": "candidates",
+    "make_feeds": "runners",
+    "onnxruntime_runner": "library",
+    "pytorch_runner": "library",
+    "session_runner": "library",
+    "tensorrt_runner": "library",
+    "walk": "schedule",
+}
 
 _PACKAGES = ("torch", "onnxruntime", "polygraphy", "onnx", "onnx_ir")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _require_packages()
+    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
 
 
 def verify_bundle(

@@ -34,7 +34,7 @@ from megalodon_deploy.verify.onnx_values import OrtValueRunner, open_exact
 from megalodon_deploy.verify.reference import Start
 from megalodon_deploy.verify.runners import CarriedRunner
 from megalodon_deploy.verify.schedule import Schedule
-from megalodon_deploy.verify.session_runner import SessionRunner
+from megalodon_deploy.verify.session_streams import SessionRunner
 from megalodon_deploy.verify.tolerance import ROW_KINDS, tolerances
 
 ACTIVATIONS: dict[Precision, np.dtype] = {

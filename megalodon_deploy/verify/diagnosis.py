@@ -155,6 +155,9 @@ def _later_name(pattern: _Pattern) -> tuple[str, str]:
     early = any(not case.is_late and not case.starts for case in pattern.passed)
     if pattern.kind == "key" and all(case.is_late for case in pattern.missed) and early:
         return "RoPE offset at a chunk edge", f"{what} are right in a stream's first chunk, off from the next on"
+    if pattern.kind == "norm" and not pattern.finding.tensor.endswith(".0"):
+        explanation = f"{what} is right where a stream starts, off where it goes on: the norm's state, or attention"
+        return "state or past rows", f"{explanation} over past rows in the layer before"
     if pattern.kind in ("cema", "norm"):
         return "state not carried", f"{what} is right where a stream starts, off where it goes on from the call before"
     return "past rows of the open chunk", f"{what}: right where a stream starts, off where it goes on"

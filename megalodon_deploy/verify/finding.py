@@ -22,6 +22,7 @@ _INNER_WORDS = {  # of the graph's tensors within a layer
     "mega.wz": "query and key projection",
     "mega.wh1": "projection past attention",
     "mega.wh2": "output projection of attention",
+    "mega.wh2_unscaled": "output projection of attention",
     "mega.attention.query": "rotated queries",
     "mega.attention.context": "attention",
     "mega.gated": "gated attention",
@@ -31,6 +32,7 @@ _INNER_WORDS = {  # of the graph's tensors within a layer
     "nffn.fc1": "first feed-forward product",
     "nffn.hidden": "hidden units",
     "nffn.fc2": "second feed-forward product",
+    "nffn.fc2_unscaled": "second feed-forward product",
     "nffn.out": "output",
 }
 

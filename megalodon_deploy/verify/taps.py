@@ -23,7 +23,7 @@ from megalodon_deploy.model.megalodon import Megalodon
 from megalodon_deploy.verify.onnx_values import open_exact
 
 # Of a layer, in the order of its block: the graph's names below `layers.{i}.`, the last one that is there counts (a
-# half-precision graph has a cast behind a norm); the same tensor in PyTorch; in words. A name without a layer is
+# half-precision graph has casts and factors behind some); the same tensor in PyTorch; in words. A name without a layer is
 # that of a state output.
 _LAYER: tuple[tuple[tuple[str, ...], str], ...] = (
     (("mega.timenorm",), "mega.timenorm"),
@@ -40,15 +40,17 @@ _LAYER: tuple[tuple[tuple[str, ...], str], ...] = (
     (("new_key",), ""),
     (("mega.attention.context",), "attended"),
     (("mega.gated",), "gated"),
-    (("mega.wh2",), "mega.wh2"),
+    (("mega.wh2", "mega.wh2_unscaled"), "mega.wh2"),
     (("mega.wh1",), "mega.wh1"),
     (("mega.hop",), "mega"),
     (("nffn.norm", "nffn.norm_cast"), "nffn.norm"),
     (("nffn.fc1",), "nffn.fc1"),
     (("nffn.hidden",), "hidden"),
-    (("nffn.fc2",), "nffn.fc2"),
+    (("nffn.fc2", "nffn.fc2_unscaled"), "nffn.fc2"),
     (("nffn.out",), "out"),
 )
+# Tensors that a half-precision graph keeps in range by a factor, with the tensor that says so: PyTorch has none like it.
+_SCALED = {"gated": "mega.gate_headroom"}
 _HOOKED = ("timenorm", "cema", "rmsnorm", "wv", "wz", "wh1", "wh2")  # modules of a block's attention part
 Arrays = dict[str, np.ndarray]
 
@@ -66,6 +68,8 @@ def tapped_names(graph: onnx.GraphProto, config: MegalodonConfig) -> dict[str, s
     add(["embed", "embed_scaled"], "embed")
     for layer in range(config.num_layers):
         for alternatives, counterpart in _LAYER:
+            if counterpart in _SCALED and f"layers.{layer}.{_SCALED[counterpart]}" in there:
+                continue
             if counterpart:
                 add([f"layers.{layer}.{name}" for name in alternatives], f"layers.{layer}.{counterpart}")
             else:

@@ -22,7 +22,7 @@ from megalodon_deploy.runtime.session import Session, open_session
 from megalodon_deploy.runtime.stream import Stream
 from megalodon_deploy.verify import candidates, engines, verify_bundle
 from megalodon_deploy.verify.finding import Finding
-from megalodon_deploy.verify.session_runner import SessionRunner
+from megalodon_deploy.verify.session_streams import SessionRunner
 
 
 class WrongMemory:

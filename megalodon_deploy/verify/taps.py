@@ -23,8 +23,7 @@ from megalodon_deploy.model.megalodon import Megalodon
 from megalodon_deploy.verify.onnx_values import open_exact
 
 # Of a layer, in the order of its block: the graph's names below `layers.{i}.`, the last one that is there counts (a
-# half-precision graph has casts and factors behind some); the same tensor in PyTorch; in words. A name without a layer is
-# that of a state output.
+# half-precision graph has casts and factors behind some), and the same tensor in PyTorch; "": a state output.
 _LAYER: tuple[tuple[tuple[str, ...], str], ...] = (
     (("mega.timenorm",), "mega.timenorm"),
     (("present_norm",), ""),
@@ -49,8 +48,8 @@ _LAYER: tuple[tuple[tuple[str, ...], str], ...] = (
     (("nffn.fc2", "nffn.fc2_unscaled"), "nffn.fc2"),
     (("nffn.out",), "out"),
 )
-# Tensors that a half-precision graph keeps in range by a factor, with the tensor that says so: PyTorch has none like it.
-_SCALED = {"gated": "mega.gate_headroom"}
+# Tensors that a half-precision graph keeps in range by a factor, with the graph's tensor that tells: PyTorch's differ.
+_SCALED = {"gated": "mega.gate_headroom", "hidden": "nffn.hidden_gate_headroom"}
 _HOOKED = ("timenorm", "cema", "rmsnorm", "wv", "wz", "wh1", "wh2")  # modules of a block's attention part
 Arrays = dict[str, np.ndarray]
 

@@ -85,8 +85,8 @@ def test_in_a_right_graph_every_tensor_is_right(
     model = load_bundle_model(bundle)
     for seed, schedule in enumerate(plan_schedules(bundle.config)[:2]):
         bisection = bisect(bundle, model, schedule, seed)
-        assert bisection.call == len(schedule.calls) - 1
         assert bisection.first is None, bisection.describe()
+        assert bisection.call == len(schedule.calls) - 1
         assert "executor's optimisation" in bisection.describe()
 
 

@@ -69,5 +69,6 @@ def _config(settings: tuple[str, ...], options: dict[str, Any], *, resume: bool)
     out = tables.get("run", {}).get("out")
     if resume and file is None and out is not None and (Path(out) / CONFIG_FILE).is_file():
         earlier = read_toml(Path(out) / CONFIG_FILE)
+        earlier.get("run", {}).pop("start_from", None)  # its weights are in the run's checkpoints
         tables = {name: {**earlier.get(name, {}), **tables.get(name, {})} for name in {**earlier, **tables}}
     return TrainConfig.from_tables(tables)

@@ -44,18 +44,28 @@ def run(config: TrainConfig, progress: Progress | None, *, resume: bool, overwri
             f"model.vocab_size = {config.model.vocab_size}, but data.tokenizer = {config.data.tokenizer} has "
             f"{tokenizer.num_tokens} tokens; raise the one or change the other"
         )
-    plan = OneProcess(_device(config.run.device))
-    store = open_tokens(config.data, report)
+    plan: Plan = OneProcess(_device(config.run.device))
+    store = _open_tokens_once(config, plan, report)
     with _threads(config.run.threads), stop_on_signal() as stop:
         session = Session(config, folder, store, tokenizer, plan)
         session.start(resume=resume)
         try:
-            while not stop.is_set() and session.trainer.fraction < 1:
+            while not (interrupted := plan.any(stop.is_set())) and session.trainer.fraction < 1:
                 session.step(report)
-            session.finish(interrupted=stop.is_set())
+            session.finish(interrupted=interrupted)
         finally:
             session.close()
-        return session.result(interrupted=stop.is_set())
+        return session.result(interrupted=interrupted)
+
+
+def _open_tokens_once(config: TrainConfig, plan: Plan, report: Progress) -> TokenStore:
+    """Rank 0 tokenises, the others read what it wrote."""
+    if plan.rank != 0:
+        plan.barrier()
+    store = open_tokens(config.data, report)
+    if plan.rank == 0:
+        plan.barrier()
+    return store
 
 
 class Session:

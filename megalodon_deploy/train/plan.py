@@ -56,6 +56,10 @@ class Plan(Protocol):
         """A scalar's sum over ranks."""
         ...
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on one rank at least: signals do not reach all of them."""
+        ...
+
     def capture(self, model: Megalodon, optimizer: Optimizer, state: ModelState | None) -> Snapshot | None:
         """A snapshot on rank 0, None elsewhere; all ranks call it. `state` is this rank's rows, on the CPU or not."""
         ...
@@ -92,6 +96,9 @@ class OneProcess:
 
     def sum(self, value: Tensor) -> Tensor:
         return value
+
+    def any(self, flag: bool) -> bool:
+        return flag
 
     def capture(self, model: Megalodon, optimizer: Optimizer, state: ModelState | None) -> Snapshot | None:
         named = dict(model.named_parameters())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -162,6 +163,15 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     moments.write_bytes(moments.read_bytes()[:-7])
     with pytest.raises(TrainError, match=r"step-00000002: damaged .* remove it"):
         train(config, resume=True)
+
+
+def test_a_run_goes_on_without_the_weights_that_it_started_from(tmp_path: Path) -> None:
+    first = moved(tiny_run(tmp_path, run__steps=1), tmp_path / "first")
+    train(first)
+    train(tiny_run(tmp_path, run__steps=2, run__start_from=str(first.run.out)))
+    shutil.rmtree(first.run.out)
+    arguments = ["train", "--resume", "--out", str(tmp_path / "run"), "--steps", "3"]
+    assert "3 steps" in CliRunner().invoke(cli, arguments, catch_exceptions=False).stdout
 
 
 def test_the_command_goes_on_with_its_own_settings(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def library(emulated_path: Path) -> KernelLibrary:
     return KernelLibrary(emulated_path, HostMemory())
 
 
-@pytest.mark.parametrize("vocab_size", [1, 2, 50, 255, 257, 1000])
+@pytest.mark.parametrize("vocab_size", [1, 50, 257, 600])
 def test_choices_are_those_of_the_runtime(library: KernelLibrary, vocab_size: int) -> None:
     rng = np.random.default_rng(vocab_size)
     rows: list[ChoiceRow | None] = []
@@ -44,9 +44,9 @@ def test_equal_logits_are_taken_in_token_order(library: KernelLibrary, params: S
     """Few distinct values: every border is shared, within a thread's run and over many."""
     rng = np.random.default_rng(3)
     rows: list[ChoiceRow | None] = []
-    for seed in range(12):
-        logits_V = rng.integers(-2, 3, 600).astype(np.float32)
-        rows.append(ChoiceRow(logits_V, params, rng.integers(0, 600, 40).tolist(), seed))
+    for seed in range(4):
+        logits_V = rng.integers(-2, 3, 300).astype(np.float32)
+        rows.append(ChoiceRow(logits_V, params, rng.integers(0, 300, 40).tolist(), seed))
     assert run_choices(library, rows).tolist() == [row.expected for row in rows if row]
 
 
@@ -125,7 +125,7 @@ def test_streams_over_compiled_kernels_are_those_of_the_cpu(emulated_path: Path,
     requests = []
     for index, params in enumerate([None, CHOICE_SETTINGS[6], CHOICE_SETTINGS[-1]]):
         seeded = params and SamplingParams(**{**vars(params), "seed": index})
-        options: dict[str, Any] = {"prompt": [index, 7, 9] * 4, "max_new_tokens": 8, "sampling": seeded}
+        options: dict[str, Any] = {"prompt": [index, 7, 9] * 4, "max_new_tokens": 5, "sampling": seeded}
         requests.append((scheduler.submit(**options), options))
     scheduler.run()
     for request, options in requests:

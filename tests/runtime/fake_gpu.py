@@ -313,6 +313,7 @@ class FakeEngine:
         self.runner = OnnxRuntimeEngine(onnxruntime, self.session, "cpu", 0)
         self.gpu, self.max_slots = gpu, max_slots
         self.contexts: list[FakeContext] = []
+        self.refuses_capture = False
 
     def open_context(self, *, fixed_shapes: bool) -> FakeContext:
         self.gpu._check_call()
@@ -339,8 +340,10 @@ class FakeContext:
         self.binding = self.engine.runner.binding(tensors)
 
     def enqueue(self) -> None:
-        if self.gpu.capture is not None and not self.has_run:
-            raise EngineError("captured before the first run")
+        if self.gpu.capture is not None:
+            assert self.has_run, "captured before the first run"
+            if self.engine.refuses_capture:
+                raise EngineError("not while a stream is captured")
         self.has_run = True
         tensors = self.tensors
         outputs = {node.name for node in self.engine.session.get_outputs()}

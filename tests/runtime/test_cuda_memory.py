@@ -90,21 +90,22 @@ def test_generating_waits_once_a_token(make_bundle: MakeBundle) -> None:
     assert gpu.synchronizations - before == 10
 
 
-@pytest.mark.parametrize("is_late", [False, True], ids=["refused", "breaks"])
+@pytest.mark.parametrize("refusal", ["before", "within", "at the end"])
 def test_an_engine_that_cannot_be_captured_runs_plainly(
-    make_bundle: MakeBundle, is_late: bool, monkeypatch: pytest.MonkeyPatch
+    make_bundle: MakeBundle, refusal: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = make_bundle(SHORT_CHUNKS)
     session = gpu_session(bundle)
     executor = executor_of(session)
-    if is_late:
-        executor.gpu.is_capture_broken = True
-    else:
+    executor.gpu.is_capture_broken = refusal == "at the end"
+    executor.engine.refuses_capture = refusal == "within"
+    if refusal == "before":
         monkeypatch.setattr("runtime.fake_gpu.FakeContext.is_capturable", False)
     on_gpu, on_cpu = session.stream(), bundle.session(threads=1).stream()
     for token in some_tokens(30):
         assert_close(on_gpu.step(token), on_cpu.step(token), TOLERANCE)
     assert executor.gpu.launches == 0
+    assert not executor.gpu.graphs
 
 
 def test_streams_of_a_batch_are_each_as_if_alone(make_bundle: MakeBundle) -> None:

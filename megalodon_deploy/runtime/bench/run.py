@@ -83,6 +83,13 @@ def bench_bundle(
     report("measuring", 1.0)
     positions_of_steps = prompt_tokens + 1 + np.arange(steps_per_round)
     state = state_bytes_per_token(bundle.config, bundle.manifest.precision, positions_of_steps)
+    return _report(bundle, contestants, threads, prompt_tokens, weight_bytes, state)
+
+
+def _report(
+    bundle: Bundle, contestants: list[_Contestant], threads: int | None, prompt_tokens: int, weights: int, state: int
+) -> BenchReport:
+    """`weights` and `state`: bytes that a token reads."""
     first = contestants[0].reader
     return BenchReport(
         date=machine.today(),
@@ -95,10 +102,10 @@ def bench_bundle(
         prompt_tokens=prompt_tokens,
         bandwidth_bytes_per_second=float(np.median(first.large)),
         reread_bytes_per_second=float(np.median(first.again)),
-        weight_bytes_per_token=weight_bytes,
+        weight_bytes_per_token=weights,
         state_bytes_per_token=state,
         peak_memory_bytes=peak_memory_bytes(),
-        times=[_times(contestant, prompt_tokens, weight_bytes + state) for contestant in contestants],
+        times=[_times(contestant, prompt_tokens, weights + state) for contestant in contestants],
         stock_tools=[line for contestant in contestants for line in _stock_tools(contestant.session)],
     )
 

@@ -137,13 +137,18 @@ class CudaMemory:
         )
 
     def _capture(self, context: Context, block: Block) -> int | None:
+        is_whole = False
         self._gpu.begin_capture()
         try:
             self._enqueue(context, block, num_tokens=1)
-        except EngineError:  # the capture has to be ended all the same; without a graph the step runs plainly
+            is_whole = True
+        except EngineError:  # without a graph the step runs plainly, which says what is wrong if it is wrong then too
             pass
-        finally:
+        finally:  # whatever happened, the stream must not stay in capture
             graph = self._gpu.end_capture()
+        if graph is not None and not is_whole:
+            self._gpu.destroy_graph(graph)
+            return None
         return None if graph is None else self._arena.keep_graph(graph)
 
     # Some of the slots.

@@ -1,0 +1,105 @@
+"""Chunk parallelism: a sequence split over ranks by chunks.
+
+Attention never looks beyond its chunk, so a rank that holds whole chunks needs nothing of the others but the recurrent
+state that enters them (`train.parallel.prefix`). It summarises its own tokens, all ranks gather the W summaries, and
+each joins those before it: one exchange for each operator, and nobody waits for a chain of neighbours. The price is
+that CEMA runs twice, for the summary and for the output. Gradients return the same way.
+
+Shapes: B rows, T tokens of a sequence, L = T/W of a rank, W ranks of the group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from megalodon_deploy.model.layers import ComplexEMA, TimestepNorm
+from megalodon_deploy.model.megalodon import Megalodon, ModelState
+from megalodon_deploy.train.objective import Objective
+from megalodon_deploy.train.parallel.collectives import Group, all_gather, take_part
+from megalodon_deploy.train.parallel.prefix import AveragePrefix, StatisticsPrefix
+
+Inputs = tuple[Tensor, Tensor, Tensor]  # of both operators' modules: x [B, L, D], past, position [B]
+
+
+class ChunkParallel(nn.Module):
+    """An objective whose sequences are split over the ranks of `group`; every rank is given the whole of them."""
+
+    def __init__(self, objective: Objective, group: Group) -> None:
+        super().__init__()
+        self.objective = objective
+        self._group = group
+        self._length: int | None = None  # L, within `forward`
+        self._after: dict[str, Tensor] = {}  # the state behind the whole sequence, by past name
+        for name, module in recurrent_modules(objective.model).items():
+            module.register_forward_pre_hook(self._enter(name))
+
+    def _enter(self, name: str) -> Callable[[nn.Module, Inputs], Inputs]:
+        """Gives an operator the state that enters this rank's segment as its past."""
+
+        def hook(module: nn.Module, inputs: Inputs) -> Inputs:
+            if self._length is None:
+                return inputs  # the model is used by itself
+            x_BLD, past, position_B = inputs
+            begin_B = position_B - self._group.rank() * self._length
+            if isinstance(module, ComplexEMA):
+                prefix: AveragePrefix | StatisticsPrefix = AveragePrefix(module, x_BLD, past, begin_B == 0)
+            else:
+                assert isinstance(module, TimestepNorm), "Bug: only these two are recurrent"
+                prefix = StatisticsPrefix(module, x_BLD, past, begin_B)
+            entering, gathered = past, all_gather(prefix.summary, self._group)
+            for rank, summary in enumerate(gathered):
+                if rank == self._group.rank():
+                    entering = prefix.past()
+                prefix.append(summary)
+            self._after[name] = prefix.past()
+            return x_BLD, take_part(entering, gathered), position_B
+
+        return hook
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        documents: np.ndarray | None = None,
+        state: ModelState | None = None,
+    ) -> tuple[Tensor, ModelState | None]:
+        """As `Objective.forward`. The loss is the sum over this rank's targets where gradients are on, else over all.
+
+        Raises `ValueError` for documents and for tokens that are not W times a multiple of the chunk size. Rows of
+        `state` stand at chunk edges.
+        """
+        model, world_size = self.objective.model, self._group.size()
+        chunk_size = model.config.chunk_size
+        if documents is not None or tokens_BT.shape[1] % (world_size * chunk_size):
+            raise ValueError(
+                f"chunk parallelism takes whole rows of a multiple of {world_size} x {chunk_size} tokens, "
+                f"not {'documents' if documents is not None else tokens_BT.shape[1]}"
+            )
+        state = state or model.initial_state(tokens_BT.shape[0])
+        self._length = tokens_BT.shape[1] // world_size
+        begin = self._group.rank() * self._length
+        own = slice(begin, begin + self._length)
+        try:
+            loss, _ = self.objective(
+                tokens_BT[:, own], targets_BT[:, own], None, ModelState(state.position + begin, state.tensors)
+            )
+        finally:
+            self._length = None
+        if not torch.is_grad_enabled():
+            dist.all_reduce(loss, group=self._group)
+        tensors = {name: self._after.get(name, past) for name, past in state.tensors.items()}
+        return loss, ModelState(state.position + tokens_BT.shape[1], tensors)
+
+
+def recurrent_modules(model: Megalodon) -> dict[str, nn.Module]:
+    """The modules whose state crosses chunk edges, by the past name of that state."""
+    modules: dict[str, nn.Module] = {"past_norm.final": model.output.final_norm}
+    for i, layer in enumerate(model.layers):
+        assert isinstance(layer.mega.cema, ComplexEMA), "Bug: another moving average"
+        modules |= {f"past_norm.{i}": layer.mega.timenorm, f"past_cema.{i}": layer.mega.cema}
+    return modules

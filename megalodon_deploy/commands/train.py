@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +42,11 @@ def train(
     if print_config:
         click.echo(config.to_toml(), nl=False)
         return
-    with progress_bar("train") as progress:
+    is_first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
+    with progress_bar("train") if is_first else nullcontext() as progress:
         result = run_training(config, resume=resume, overwrite=overwrite, progress=progress)
+    if not is_first:
+        return
     if as_json:
         echo_json(result.to_dict())
     else:

@@ -133,6 +133,13 @@ class LogConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig(Section):
+    """How the processes that torchrun starts share the work; those left over by other axes share the rows."""
+
+    chunk: int = setting("processes that each hold a part of every sequence, cut at chunk edges", 1, least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run."""
 
@@ -143,6 +150,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     log: LogConfig = LogConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
     def __post_init__(self) -> None:
         seq_len, chunk_size = self.run.seq_len, self.model.chunk_size
@@ -184,6 +192,7 @@ SECTIONS: dict[str, type[Section]] = {
     "checkpoint": CheckpointConfig,
     "evaluation": EvaluationConfig,
     "log": LogConfig,
+    "parallel": ParallelConfig,
 }
 assert list(SECTIONS) == [section.title() for section in SECTIONS.values()], "Bug: a section's name"
 

@@ -20,7 +20,8 @@ from megalodon_deploy.train.data.rows import split
 from megalodon_deploy.train.data.tokens import TokenStore, open_tokens, open_training_tokenizer
 from megalodon_deploy.train.interrupt import stop_on_signal
 from megalodon_deploy.train.log import RunLog, check_packages
-from megalodon_deploy.train.plan import OneProcess, Plan
+from megalodon_deploy.train.parallel.launch import open_plan
+from megalodon_deploy.train.plan import Plan
 from megalodon_deploy.train.sample import sample_text
 from megalodon_deploy.train.trainer import Trainer
 
@@ -44,10 +45,12 @@ def run(config: TrainConfig, progress: Progress | None, *, resume: bool, overwri
             f"model.vocab_size = {config.model.vocab_size}, but data.tokenizer = {config.data.tokenizer} has "
             f"{tokenizer.num_tokens} tokens; raise the one or change the other"
         )
-    plan: Plan = OneProcess(_device(config.run.device))
-    store = _open_tokens_once(config, plan, report)
-    with _threads(config.run.threads), stop_on_signal() as stop:
-        session = Session(config, folder, store, tokenizer, plan)
+    with (
+        open_plan(config, _device(config.run.device)) as plan,
+        _threads(config.run.threads),
+        stop_on_signal() as stop,
+    ):
+        session = Session(config, folder, _open_tokens_once(config, plan, report), tokenizer, plan)
         session.start(resume=resume)
         try:
             while not (interrupted := plan.any(stop.is_set())) and session.trainer.fraction < 1:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.model.layers import ComplexEMA, TimestepNorm
 from megalodon_deploy.model.megalodon import Megalodon, ModelState
 from megalodon_deploy.train.objective import Objective
@@ -70,16 +71,17 @@ class ChunkParallel(nn.Module):
     ) -> tuple[Tensor, ModelState | None]:
         """As `Objective.forward`. The loss is the sum over this rank's targets where gradients are on, else over all.
 
-        Raises `ValueError` for documents and for tokens that are not W times a multiple of the chunk size. Rows of
+        Documents are only measured, by every rank; raises `ValueError` for their gradients and for tokens that are not W times a multiple of the chunk size. Rows of
         `state` stand at chunk edges.
         """
         model, world_size = self.objective.model, self._group.size()
         chunk_size = model.config.chunk_size
+        if documents is not None and not torch.is_grad_enabled():
+            loss, _ = self.objective(tokens_BT, targets_BT, documents)  # each rank all of them: they are not cut
+            return loss, None
         if documents is not None or tokens_BT.shape[1] % (world_size * chunk_size):
-            raise ValueError(
-                f"chunk parallelism takes whole rows of a multiple of {world_size} x {chunk_size} tokens, "
-                f"not {'documents' if documents is not None else tokens_BT.shape[1]}"
-            )
+            found = "documents" if documents is not None else f"{tokens_BT.shape[1]} tokens"
+            raise ValueError(f"chunk parallelism takes whole rows of {world_size} x {chunk_size} tokens, not {found}")
         state = state or model.initial_state(tokens_BT.shape[0])
         self._length = tokens_BT.shape[1] // world_size
         begin = self._group.rank() * self._length
@@ -96,10 +98,21 @@ class ChunkParallel(nn.Module):
         return loss, ModelState(state.position + tokens_BT.shape[1], tensors)
 
 
+def summary_bytes(config: MegalodonConfig, batch: int, dtype: torch.dtype) -> int:
+    """Bytes that a rank receives from each other rank in a forward pass; twice as many in the backward pass.
+
+    A CEMA sends B x D x N complex numbers of `dtype`, a TimestepNorm B x G pairs of float64.
+    """
+    averages = config.num_layers * batch * config.model_dim * config.cema_ndim * 2 * dtype.itemsize
+    return averages + (config.num_layers + 1) * batch * config.norm_num_groups * 2 * torch.float64.itemsize
+
+
 def recurrent_modules(model: Megalodon) -> dict[str, nn.Module]:
     """The modules whose state crosses chunk edges, by the past name of that state."""
-    modules: dict[str, nn.Module] = {"past_norm.final": model.output.final_norm}
-    for i, layer in enumerate(model.layers):
-        assert isinstance(layer.mega.cema, ComplexEMA), "Bug: another moving average"
-        modules |= {f"past_norm.{i}": layer.mega.timenorm, f"past_cema.{i}": layer.mega.cema}
+    modules: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, TimestepNorm | ComplexEMA):
+            kind = "norm" if isinstance(module, TimestepNorm) else "cema"
+            place = path.split(".")[1] if path.startswith("layers.") else "final"
+            modules[f"past_{kind}.{place}"] = module
     return modules

@@ -42,7 +42,7 @@ class AveragePrefix:
 class _Moments(NamedTuple):
     """Of all tokens so far, float64: their number [B, 1], mean and population variance [B, G]."""
 
-    count: Tensor
+    seen: Tensor
     mean: Tensor
     var: Tensor
 
@@ -52,17 +52,17 @@ class StatisticsPrefix:
 
     def __init__(self, module: TimestepNorm, x_BLD: Tensor, past: Tensor, position_B: Tensor) -> None:
         self._dtype, self._length = past.dtype, x_BLD.shape[1]
-        x_BLGs = x_BLD.double().unflatten(-1, (past.shape[1], -1))
+        x_BLGs = x_BLD.double().view(*x_BLD.shape[:2], past.shape[1], -1)
         var_BG, mean_BG = torch.var_mean(x_BLGs, (1, 3), correction=0)
         self.summary = torch.stack([mean_BG, var_BG], -1)
         is_fresh_B11 = (position_B == 0)[:, None, None]
-        exact_BG22 = past.double().unflatten(-1, (2, 2)).sum(-1).masked_fill(is_fresh_B11, 0)
+        exact_BG22 = past.double().view(*past.shape[:2], 2, 2).sum(-1).masked_fill(is_fresh_B11, 0)
         self.state = _Moments(position_B.double()[:, None], *exact_BG22.unbind(-1))
 
     def append(self, summary: Tensor) -> None:
         """Go on over a segment of L tokens."""
-        (count, mean, var), (own_mean, own_var) = self.state, summary.unbind(-1)
-        total = count + self._length
+        (seen, mean, var), (own_mean, own_var) = self.state, summary.unbind(-1)
+        total = seen + self._length
         delta, share = own_mean - mean, self._length / total
         joined = var * (1 - share) + own_var * share + delta.square() * share * (1 - share)
         self.state = _Moments(total, mean + delta * share, joined)

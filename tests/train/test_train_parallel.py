@@ -1,0 +1,103 @@
+"""Training on several processes gives what one process gives: losses, gradients, states, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from train.training_helpers import tiny_run, weights
+
+from megalodon_deploy.errors import TrainError
+from megalodon_deploy.train import TrainConfig, train
+from megalodon_deploy.train.checkpoints import RunFolder
+from megalodon_deploy.train.log import read_log
+from megalodon_deploy.train.parallel.plan import Layout
+
+
+def launch(num_processes: int, *command: str) -> subprocess.CompletedProcess[str]:
+    """Under torchrun, one thread each."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run([*torchrun, *command], capture_output=True, text=True, check=False, env=environment)
+
+
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_chunk_parallel_gradients_are_those_of_one_process(num_processes: int, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    done = launch(num_processes, str(Path(__file__).with_name("chunk_parallel_check.py")), str(report))
+    assert done.returncode == 0, done.stderr
+    errors: dict[str, dict[str, float]] = json.loads(report.read_text())
+    assert set(errors) == {"float64", "float32"}
+    for dtype, tolerance in (("float64", 1e-12), ("float32", 1e-5)):
+        assert set(errors[dtype]) == {"loss", "evaluation", "gradient", "state", "traffic"}
+        for name, error in errors[dtype].items():
+            assert error <= tolerance, f"{dtype} {name}: {error:.3g}"  # False for NaN
+
+
+def save(config: TrainConfig, path: Path) -> str:
+    path.write_text(config.to_toml())
+    return str(path)
+
+
+def run_cli(num_processes: int, config: TrainConfig, folder: Path, *options: str) -> None:
+    file = save(config, folder / f"run{num_processes}.toml")
+    done = launch(num_processes, "-m", "megalodon_deploy.cli", "train", file, *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held-out loss") == 1
+
+
+def parallel_run(folder: Path, name: str, chunk: int, **settings: Any) -> TrainConfig:
+    shape = {"run__seq_len": 96, "run__steps": 6, "run__batch_size": 4, "evaluation__every_steps": 3}
+    config = tiny_run(folder, **{**shape, "data__rows": "streams", "parallel__chunk": chunk, **settings})
+    return TrainConfig.from_tables({**_tables(config), "run": {**_tables(config)["run"], "out": str(folder / name)}})
+
+
+def _tables(config: TrainConfig) -> dict[str, Any]:
+    return tomllib.loads(config.to_toml())
+
+
+def losses(path: Path) -> torch.Tensor:
+    return torch.tensor([float(row["loss"]) for row in read_log(path / "log.csv")], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("num_processes", "chunk"), [(2, 1), (2, 2), (4, 2)], ids=["data", "chunk", "data x chunk"])
+def test_a_run_is_the_same_on_any_number_of_processes(num_processes: int, chunk: int, tmp_path: Path) -> None:
+    """Streams carry their state from step to step, so a wrong state shows in the second loss."""
+    alone = train(parallel_run(tmp_path, "alone", 1))
+    run_cli(num_processes, parallel_run(tmp_path, "together", chunk), tmp_path)
+    torch.testing.assert_close(losses(tmp_path / "together"), losses(alone.path), rtol=2e-5, atol=0)
+    expected = weights(alone.path)
+    for name, found in weights(tmp_path / "together").items():
+        torch.testing.assert_close(found, expected[name], rtol=0, atol=2e-3, msg=name)  # Adam divides small numbers
+
+
+def test_a_run_goes_on_on_another_number_of_processes(tmp_path: Path) -> None:
+    whole = train(parallel_run(tmp_path, "whole", 1))
+    run_cli(2, parallel_run(tmp_path, "moved", 2, checkpoint__every_steps=3), tmp_path)
+    folder = RunFolder(tmp_path / "moved", keep=2)
+    assert folder.steps() == [3, 6]
+    shutil.rmtree(folder.path(6))
+    train(parallel_run(tmp_path, "moved", 1), resume=True)
+    torch.testing.assert_close(losses(tmp_path / "moved"), losses(whole.path), rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "settings", "message"),
+    [
+        (3, {"chunk": 2}, r"parallel.chunk = 2 does not divide the number of processes, 3"),
+        (8, {"chunk": 1}, r"run.batch_size = 4 is not a multiple of 8 data-parallel processes"),
+        (2, {"chunk": 2, "run__seq_len": 72}, r"a multiple of 48; found streams, 72"),
+        (2, {"chunk": 2, "data__rows": "documents"}, r"needs data.rows = windows or streams .*; found documents, 96"),
+    ],
+)
+def test_what_does_not_fit_is_refused(world_size: int, settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match=message):
+        Layout.of(parallel_run(tmp_path, "run", settings.pop("chunk"), **settings), world_size)

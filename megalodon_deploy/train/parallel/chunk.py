@@ -71,8 +71,8 @@ class ChunkParallel(nn.Module):
     ) -> tuple[Tensor, ModelState | None]:
         """As `Objective.forward`. The loss is the sum over this rank's targets where gradients are on, else over all.
 
-        Documents are only measured, by every rank; raises `ValueError` for their gradients and for tokens that are not W times a multiple of the chunk size. Rows of
-        `state` stand at chunk edges.
+        Documents are only measured, by every rank. Rows of `state` stand at chunk edges. Raises `ValueError` for the
+        gradients of documents and for tokens that are not W times a multiple of the chunk size.
         """
         model, world_size = self.objective.model, self._group.size()
         chunk_size = model.config.chunk_size

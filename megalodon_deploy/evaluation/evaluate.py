@@ -72,6 +72,7 @@ def evaluate(
         raise UserError(f"context = {context}, max tokens = {max_tokens}: expected at least 1 and 2")
     report = progress or (lambda stage, fraction: None)
     losses, positions, num_documents, num_bytes, left = [], [], 0, 0.0, max_tokens or math.inf
+    done = 0
     for text in _documents(data):
         tokens = model.tokenizer.encode(text)
         kept = tokens[: int(min(left, len(tokens)))]
@@ -79,7 +80,7 @@ def evaluate(
             continue
         for part in score(model, kept, context):
             losses.append(part)
-            done = sum(map(len, losses))
+            done += len(part)
             report(f"loss {np.concatenate(losses[-100:]).mean():.3f}, {done:,} tokens", done / (max_tokens or math.inf))
         positions.append(np.arange(1, len(kept)))
         num_documents, left = num_documents + 1, left - len(kept)

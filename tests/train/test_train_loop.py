@@ -219,6 +219,30 @@ def test_a_run_may_start_from_a_checkpoint(tmp_path: Path) -> None:
         tiny_run(tmp_path, run__start_from=str(tmp_path / "first"), model__num_layers=3)
 
 
+def test_a_tokenizer_file_travels_with_the_checkpoint(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train(SOURCES, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.save(str(tmp_path / "bpe.json"))
+    settings = {"data__tokenizer": str(tmp_path / "bpe.json"), "data__end_token": 400, "data__workers": 3}
+    config = tiny_run(tmp_path, run__steps=2, **settings)
+    assert config.model.vocab_size == 401
+    result = train(config)
+    source = read_checkpoint(result.path).tokenizer
+    assert source is not None
+    assert source.file is not None
+    assert (source.kind, source.stop_tokens) == ("tokenizer.json", (400,))
+    assert source.file.read_bytes() == (tmp_path / "bpe.json").read_bytes()
+    assert source.file.parent == result.path / "latest"
+    assert result.held_out_loss is not None
+    assert result.bits_per_byte is not None
+    bytes_per_token = result.held_out_loss / math.log(2) / result.bits_per_byte
+    assert 1.5 < bytes_per_token < 4
+
+
 def test_an_existing_run_is_kept_unless_told(tmp_path: Path) -> None:
     train(tiny_run(tmp_path, run__steps=2))
     with pytest.raises(TrainError, match=r"exists already.*--resume or --overwrite"):

@@ -40,6 +40,7 @@ def diagnose() -> list[Finding]:
         _package("polygraphy", "build, verify", "build"),
         _package("tensorrt-rtx-cu13", "build --target tensorrt-rtx", "build"),
         _package(("tensorrt-cu13", "tensorrt"), "build --target tensorrt", "tensorrt"),
+        _package("cuda-bindings", "running engines, onnxruntime on CUDA", "cuda"),
         _package("sentencepiece", "SentencePiece tokenizers", "sentencepiece"),
         Finding("CUDA driver", _cuda_driver(), "running engines", "install NVIDIA's driver"),
         Finding("GPU", visible_gpus(), "running engines", "none is visible to the CUDA driver"),

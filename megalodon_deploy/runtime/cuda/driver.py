@@ -13,7 +13,9 @@ try:
     from cuda.bindings import driver as cu
     from cuda.bindings import runtime as rt
 except ImportError as error:
-    raise MissingDependencyError("running on a GPU needs cuda-bindings: pip install 'megalodon-deploy[gpu]'") from error
+    raise MissingDependencyError(
+        "running on a GPU needs cuda-bindings: pip install 'megalodon-deploy[cuda]'"
+    ) from error
 
 
 class CudaGpu:

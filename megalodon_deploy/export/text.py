@@ -33,7 +33,7 @@ def read_windows(path: Path, tokenizer: TokenizerSource | None, vocab_size: int,
     text = path.read_bytes().decode("utf-8", errors="surrogateescape")
     if not text:
         raise UserError(f"{path} is empty; expected a text of at least {_MIN_WINDOWS * WINDOW_TOKENS:,} tokens")
-    reader = _open(tokenizer, path)
+    reader = _open(tokenizer, path, vocab_size)
     tokens = reader.encode(text)
     num_windows = len(tokens) // WINDOW_TOKENS
     if num_windows < _MIN_WINDOWS:
@@ -48,7 +48,9 @@ def read_windows(path: Path, tokenizer: TokenizerSource | None, vocab_size: int,
     return TextWindows(torch.tensor(windows), num_bytes, sha256_file(path))
 
 
-def _open(source: TokenizerSource | None, path: Path) -> Tokenizer:
+def _open(source: TokenizerSource | None, path: Path, vocab_size: int) -> Tokenizer:
+    if vocab_size == BytesTokenizer.num_tokens and (source is None or source.file is None):
+        return BytesTokenizer()
     if source is None or source.kind == "none":
         raise UserError(f"{path} cannot be read: the checkpoint has no tokenizer; name one (--tokenizer)")
     if source.file is None:

@@ -34,6 +34,7 @@ def open_session(
     device: str | None = None,
     dtype: str | None = None,
     native: bool | None = None,
+    share_weights: bool = False,
     stream: object | None = None,
 ) -> Session:
     """Load a bundle's model.
@@ -43,6 +44,8 @@ def open_session(
     ("float32", "float16", "bfloat16"; None: the bundle's precision) is for the torch backend. `native` is for
     onnxruntime on the CPU: ComplexEMA and TimestepNorm as compiled operators (True), as the function bodies in the
     graph (False), or compiled where the library was built and MEGALODON_KERNELS is not "reference" (None).
+    `share_weights` is for onnxruntime on the CPU and matrices in float32: weights stay in the mapped file, where all
+    processes share them and nothing is copied when the bundle opens; prompts are read more slowly.
     `stream`: a CUDA stream of PyCUDA, CuPy, PyTorch or cuda.core, or its handle, on which TensorRT and ONNX Runtime on
     CUDA then work; its context is the current one, and its owner keeps it alive.
     Raises `UserError` for an unknown value, `EngineError` for a backend that cannot run this bundle on this machine,
@@ -54,11 +57,13 @@ def open_session(
         raise UserError(f"unknown backend {backend!r}; there are: {', '.join(BACKENDS)}")
     if dtype is not None and backend != "torch":
         raise UserError(f"{backend} runs in the bundle's precision: leave out dtype = {dtype!r}, or use torch")
-    options = _Options(backend, threads, device, dtype, native, stream)
+    options = _Options(backend, threads, device, dtype, native, share_weights, stream)
     if stream is not None and not options.is_shared_gpu:
         raise UserError("stream: only TensorRT and onnxruntime with device = 'cuda' work on a given CUDA stream")
     if native is not None and (backend != "onnxruntime" or options.is_shared_gpu):
         raise UserError(f"native = {native}: only onnxruntime on the CPU has compiled operators")
+    if share_weights and (backend != "onnxruntime" or options.is_shared_gpu):
+        raise UserError("share_weights: only onnxruntime on the CPU computes from the mapped file")
     return Session(bundle, _open_executor(bundle, options))
 
 
@@ -71,6 +76,7 @@ class _Options:
     device: str | None
     dtype: str | None
     native: bool | None
+    share_weights: bool
     stream: object | None
 
     @property
@@ -90,7 +96,7 @@ def _open_executor(bundle: Bundle, options: _Options) -> Executor:
     if not options.is_shared_gpu:
         from megalodon_deploy.runtime.executors.onnxruntime import OnnxRuntimeExecutor
 
-        return OnnxRuntimeExecutor(bundle, threads=threads, native=options.native)
+        return OnnxRuntimeExecutor(bundle, threads=threads, native=options.native, share_weights=options.share_weights)
     if backend == "onnxruntime":
         from megalodon_deploy.runtime.executors.onnxruntime_cuda import OnnxRuntimeCudaExecutor, import_for_cuda
 

@@ -54,19 +54,33 @@ class OnnxRuntimeExecutor:
 
     backend = "onnxruntime"
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None, native: bool | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        native: bool | None = None,
+        share_weights: bool = False,
+    ) -> None:
         precision = bundle.manifest.precision
         if missing := missing_on_cpu(bundle.manifest):
             raise EngineError(
                 f"{bundle.path}: ONNX Runtime has no {missing} on a CPU; "
                 "use the backend torch or a TensorRT engine, or export with other types"
             )
+        if share_weights and (precision != "fp32" or bundle.manifest.weight_kinds):
+            raise EngineError(
+                f"{bundle.path}: ONNX Runtime rearranges these weights in memory of its own; share_weights is for "
+                "bundles in fp32 without quantised matrices"
+            )
         self.config = bundle.config
         self.activation = _ACTIVATIONS[precision]
         self.returns_all_logits = bundle.manifest.logits == "all"
         self.operators = _operators(bundle, native)
         with huge_pages():
-            self.session = load_session(bundle, threads, ["CPUExecutionProvider"], self.operators)
+            self.session = load_session(
+                bundle, threads, ["CPUExecutionProvider"], self.operators, keeps_mapping=share_weights
+            )
         names = {spec.past for spec in state_specs(self.config)} | {TOKENS, POSITION}
         if unlike := sorted(names ^ {node.name for node in self.session.get_inputs()}):
             raise BundleError(f"{bundle.model_path}: input {unlike[0]} does not follow from its config; export again")
@@ -217,8 +231,12 @@ def load_session(
     threads: int | None,
     providers: Sequence[str | tuple[str, Mapping[str, str]]],
     operators: Path | None = None,
+    *,
+    keeps_mapping: bool = False,
 ) -> Any:
     """A bundle's graph, on the first provider that takes each node, with a library of compiled operators or without.
+
+    `keeps_mapping`: matrices are read where the file is mapped, not from a rearranged copy.
 
     Raises `BundleError` when the graph is refused, `EngineError` when the library is.
     """
@@ -227,6 +245,7 @@ def load_session(
     options.log_severity_level = _QUIET
     options.intra_op_num_threads = threads or 0
     options.add_session_config_entry(MATMUL_ACCURACY, INT8_PRODUCTS)
+    options.add_session_config_entry("session.disable_prepacking", str(int(keeps_mapping)))
     if operators is not None:
         try:
             options.register_custom_ops_library(str(operators))

@@ -9,6 +9,7 @@ import argparse
 import json
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,17 @@ ROWS: dict[str, dict[str, Any]] = {
     "int8 by columns": {"quantize": "int8"},
     "int8 by 32": {"quantize": "int8", "block_size": 32},
     "fp8 by columns": {"quantize": "fp8"},
-    "int4 by 32, output int8": {"quantize": "int4"},
+    "int4 by 32, output int8": {"quantize": "int4", "block_size": 32},
     "int4 by 64, output int8": {"quantize": "int4", "block_size": 64},
     "int4 by 128, output int8": {"quantize": "int4", "block_size": 128},
-    "int4 by 32, output int4": {"quantize": "int4", "quantize_output": "int4"},
+    "int4 by 32, output int4": {"quantize": "int4", "block_size": 32, "quantize_output": "int4"},
     "NVFP4, output int8": {"quantize": "nvfp4"},
-    "int4 by 32, output int8, calibrated": {"quantize": "int4", CALIBRATED: True},
+    "int4 by 32, output int8, calibrated": {"quantize": "int4", "block_size": 32, CALIBRATED: True},
     "int4 by 128, output int8, calibrated": {"quantize": "int4", "block_size": 128, CALIBRATED: True},
     "NVFP4, output int8, calibrated": {"quantize": "nvfp4", CALIBRATED: True},
     "int4 by 32 calibrated, keys and values fp8, fp16": {
         "quantize": "int4",
+        "block_size": 32,
         "precision": "fp16",
         "kv_dtype": "fp8",
         CALIBRATED: True,
@@ -66,7 +68,8 @@ def main() -> None:
                     **quality.to_dict(),
                 }
             )
-    print(json.dumps({"date": time.strftime("%Y-%m-%d"), "checkpoint": str(arguments.ckpt), "rows": rows}, indent=2))
+    report = {"date": time.strftime("%Y-%m-%d"), "versions": {name: version(name) for name in ("torch", "onnx")}}
+    print(json.dumps(report | {"rows": rows}, indent=2))
 
 
 if __name__ == "__main__":

@@ -179,6 +179,11 @@ def _cema(config: MegalodonConfig, prefix: str) -> Fold:
     return Fold(targets, sources, fold, unfold_cema)
 
 
+def matrix_inputs(config: MegalodonConfig) -> set[int]:
+    """Numbers of inputs of the matrices that may be quantised."""
+    return {config.model_dim, config.value_dim, config.ffn_hidden_dim}
+
+
 def check_quantization(config: MegalodonConfig, quantization: Quantization) -> None:
     """Raise `UserError` when a matrix of this model cannot have the format that was chosen for it."""
     if config.share_emb and quantization.output is not None:

@@ -34,7 +34,7 @@ from megalodon_deploy.export.graph import build_model
 from megalodon_deploy.export.operators.schema import register_schemas
 from megalodon_deploy.export.quality import TORCH_TYPES, measure_quality, read_gate_text
 from megalodon_deploy.export.stream import INLINE_BYTES, WeightStream
-from megalodon_deploy.export.weights import check_quantization
+from megalodon_deploy.export.weights import check_quantization, matrix_inputs
 from megalodon_deploy.files import atomic_directory
 from megalodon_deploy.model.checkpoint import Checkpoint, TokenizerSource, read_checkpoint
 from megalodon_deploy.quantization import Quantization, plan_quantization
@@ -116,6 +116,7 @@ def _plan(config: MegalodonConfig, options: ExportOptions) -> Quantization | Non
         return None
     quantization = plan_quantization(
         options.quantize,
+        in_dims=matrix_inputs(config),
         block_size=options.block_size,
         output=options.quantize_output,
         method="nearest" if options.calibrate is None else "gptq",

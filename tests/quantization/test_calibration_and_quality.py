@@ -85,7 +85,7 @@ def test_gptq_with_an_input_that_is_always_zero() -> None:
     matrix = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
     inputs = torch.randn(100, 32, generator=torch.Generator().manual_seed(2))
     inputs[:, 5] = 0
-    codes = quantize_gptq(matrix, inputs.t() @ inputs, make_format("int4"), torch.float32)
+    codes = quantize_gptq(matrix, inputs.t() @ inputs, make_format("int4", 32), torch.float32)
     assert np.isfinite(codes.dequantized().numpy()).all()
 
 

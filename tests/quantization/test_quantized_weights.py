@@ -23,7 +23,7 @@ from megalodon_deploy.engine import build_engine
 from megalodon_deploy.errors import BundleError, EngineError, UserError
 from megalodon_deploy.export import export_checkpoint, load_bundle_model
 from megalodon_deploy.export.codes import pack_nibbles, quantize_nearest, unpack_nibbles
-from megalodon_deploy.quantization import BLOCK_SIZES, WHOLE_COLUMN, WeightKind, make_format
+from megalodon_deploy.quantization import BLOCK_SIZES, WHOLE_COLUMN, WeightKind, make_format, plan_quantization
 from megalodon_deploy.verify import verify_bundle
 
 KINDS: list[WeightKind] = ["int8", "int4", "fp8", "nvfp4"]
@@ -150,8 +150,15 @@ def test_weights_come_back_from_the_bundle(tmp_path: Path, kind: WeightKind) -> 
     assert is_quantised == 7 * 2 + 1
 
 
+@pytest.mark.parametrize(("ffn_hidden_dim", "block_size"), [(96, 32), (192, 64), (384, 128)])
+def test_int4_takes_the_largest_blocks_that_fit(ffn_hidden_dim: int, block_size: int) -> None:
+    plan = plan_quantization("int4", in_dims={128, 256, ffn_hidden_dim})
+    assert plan.weights == make_format("int4", block_size)
+    assert plan.output == make_format("int8", WHOLE_COLUMN)
+
+
 def test_sizes(tmp_path: Path) -> None:
-    """4 bits and a float32 scale to 32 weights: 5 bits a weight."""
+    """4 bits and a float32 scale to 128 weights: 4.25 bits a weight."""
     config = blocks_config(model_dim=256, value_dim=512, ffn_hidden_dim=512, z_dim=64, vocab_size=50)
     bundle = export_seeded(tmp_path, config, quantize="int4", quantize_output="int4")
     model = onnx.load(bundle.model_path, load_external_data=False)
@@ -160,12 +167,12 @@ def test_sizes(tmp_path: Path) -> None:
     codes = [tensor for tensor in stored.values() if tensor.data_type == TensorProto.INT4]
     assert sum(int(np.prod(tensor.dims)) for tensor in codes) == weights
     scales = [tensor for name, tensor in stored.items() if name.endswith(".scales")]
-    assert sum(int(np.prod(tensor.dims)) for tensor in scales) == weights // 32
+    assert sum(int(np.prod(tensor.dims)) for tensor in scales) == weights // 128
     rest = sum(
         int(np.prod(tensor.dims)) * 4 for name, tensor in stored.items() if not name.endswith((".codes", ".scales"))
     )
     total = (bundle.path / WEIGHTS_FILE).stat().st_size
-    assert weights * 5 / 8 < total < weights * 5 / 8 + rest + 4096 * len(stored)
+    assert weights * 4.25 / 8 < total < weights * 4.25 / 8 + rest + 4096 * len(stored)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +208,7 @@ def test_fp4_is_for_some_gpus_alone(tmp_path: Path) -> None:
         ({"quantize": "int4", "block_size": 48}, r"block size 48 cannot be had with int4; there are: 32, 64, 128"),
         ({"quantize": "int8", "block_size": 16}, r"there are: 0 \(one scale a column\), 32, 64, 128"),
         ({"quantize": "int4", "block_size": 128}, r"64 inputs are not a multiple of .* 128; .* that fit: 32, 64"),
-        ({"block_size": 32}, r"goes with a kind of quantisation"),
+        ({"block_size": 32}, "go with a kind of quantisation"),
         ({"quantize": "int8", "quantize_output": "fp4"}, r"'fp4' is none of"),
     ],
     ids=str,

@@ -90,12 +90,6 @@ Value __shfl_xor_sync(unsigned mask, Value value, int distance) {
     return megalodon::emulation::shuffle(mask, value, megalodon::emulation::current_lane() ^ distance);
 }
 
-template <typename Value>
-Value __shfl_sync(unsigned mask, Value value, int source_lane, int width = 32) {
-    const int lane = megalodon::emulation::current_lane();
-    return megalodon::emulation::shuffle(mask, value, lane / width * width + source_lane % width);
-}
-
 /// As in CUDA, the lowest lanes keep their own value.
 template <typename Value>
 Value __shfl_up_sync(unsigned mask, Value value, int distance) {

@@ -118,7 +118,7 @@ class Session:
     def finish(self, *, interrupted: bool) -> None:
         """The last checkpoint, after a last evaluation unless a signal asks for haste."""
         trainer = self.trainer
-        evaluated = bool(trainer.curve) and trainer.curve[-1].step == trainer.num_steps
+        evaluated = trainer.is_evaluated
         if self.saved_step != trainer.num_steps or not (evaluated or interrupted):
             if not (evaluated or interrupted):
                 trainer.evaluate()

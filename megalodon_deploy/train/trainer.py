@@ -176,6 +176,11 @@ class Trainer:
         return int(self.fraction * self.config.evaluation.times) + 1
 
     @property
+    def is_evaluated(self) -> bool:
+        """Whether an evaluation would tell nothing new."""
+        return not self.evaluation or bool(self.curve and self.curve[-1].step == self.num_steps)
+
+    @property
     def best_step(self) -> int | None:
         """Where the held-out loss was lowest."""
         return self.best[0] if self.best else None

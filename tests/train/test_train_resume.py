@@ -145,6 +145,17 @@ def test_a_finished_run_may_be_made_longer(tmp_path: Path) -> None:
     assert train(tiny_run(tmp_path, run__steps=6), resume=True).steps == 6  # nothing is left to do
 
 
+def test_nothing_held_out_is_a_run_without_evaluations(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, run__steps=4, data__held_out_fraction=0)
+    result = train(config)
+    assert (result.held_out_loss, result.bits_per_byte, result.curve) == (None, None, ())
+    before = curve(result.path)
+    assert [step for step, *_ in before] == ["1", "2", "3", "4"]
+    assert train(config, resume=True).steps == 4
+    assert curve(result.path) == before
+    assert weights(result.path)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"run__seed": 9}, r"run\.seed = 9, the earlier run had 0"), ({"run__seq_len": 24}, r"run\.seq_len = 24")],

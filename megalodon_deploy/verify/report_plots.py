@@ -84,6 +84,14 @@ def drift_plots(long_stream: LongStream) -> list[tuple[str, str]]:
     ]
 
 
+def drift_figure(long_stream: LongStream, style: str) -> str:
+    """An SVG file of its own: what a norm's mean loses, token by token. `style` is the page's style sheet."""
+    svg = _curves("Norm statistics", [it for it in long_stream.curves if it.what == "norm mean, drifting"])
+    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(
+        "<title>", f"<style>{style}</style><title>", 1
+    )
+
+
 def _curves(heading: str, curves: Iterable[Curve]) -> str:
     series = [
         Series(

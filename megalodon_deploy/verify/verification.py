@@ -36,6 +36,7 @@ from megalodon_deploy.verify.text import TextAgreement, TextReading, compare_tex
 from megalodon_deploy.verify.weights import WeightSource, load_reference
 
 Progress = Callable[[str, float], None]
+_COMPARED = 0.2  # share of the bar for the calls, where a long stream follows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +75,15 @@ def run_verification(bundle: Bundle, options: VerifyOptions, progress: Progress 
     on_cpu, not_here = cpu_candidates(bundle)
     on_gpu, not_anywhere = engine_candidates(bundle)
     candidates, not_run = on_cpu + on_gpu, not_here + not_anywhere
-    tick = _meter(progress, schedules, candidates)
+    compared = _part(progress, 0.0, 1.0 if options.tokens is None else _COMPARED)
+    tick = _meter(compared, schedules, candidates)
     reference = _compute_references(bundle, options, schedules, tick)
     findings: list[Finding] = []
     for candidate in candidates:
         found, left_out = _run(candidate, reference.prepared, bundle, tick)
         findings += found
         not_run += left_out
-    agreements, left_out = _compare_text(bundle, reference.reading, findings, progress)
+    agreements, left_out = _compare_text(bundle, reference.reading, findings, compared)
     report = VerifyReport(
         bundle=_describe(bundle),
         config=bundle.config.to_dict(),
@@ -97,7 +99,8 @@ def run_verification(bundle: Bundle, options: VerifyOptions, progress: Progress 
         quality=bundle.manifest.quality,
     )
     bisection = _bisect(bundle, options, report) if options.bisect else None
-    long_stream = None if options.tokens is None else run_long_stream(bundle, options.tokens, progress)
+    streamed = _part(progress, _COMPARED, 1.0)
+    long_stream = None if options.tokens is None else run_long_stream(bundle, options.tokens, streamed)
     return replace(report, bisection=bisection, long_stream=long_stream, seconds=time.perf_counter() - begin)
 
 
@@ -179,6 +182,13 @@ def _run(
 def is_for(schedule: Schedule, candidate: Candidate) -> bool:
     """Whether the candidate can do what the schedule asks for."""
     return candidate.keeps_streams or not schedule.is_for_streams
+
+
+def _part(progress: Progress | None, begin: float, end: float) -> Progress | None:
+    """Progress of a part of the whole, from `begin` to `end`."""
+    if progress is None:
+        return None
+    return lambda stage, done: progress(stage, begin + (end - begin) * done)
 
 
 def _meter(progress: Progress | None, schedules: tuple[Schedule, ...], candidates: Sequence[Candidate]) -> Tick:

@@ -8,7 +8,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 SOURCES := megalodon_deploy tests examples benchmarks plugins cpp
 
-.PHONY: demo test lint types plugins cpp resources sanitize mutants package clean help
+.PHONY: demo test lint types plugins cpp resources sanitize mutants aarch64 package clean help
 
 help:
 	@echo "make demo     train, export, verify, build and stream a small model (about 6 minutes after set-up)"
@@ -17,6 +17,7 @@ help:
 	@echo "make cpp      the C++ runtime, its examples and tests, in build/cpp"
 	@echo "make sanitize the emulated kernels and the plugins under AddressSanitizer and UBSan (part of make test)"
 	@echo "make mutants  takes each barrier, mask and bound check out of the kernels and sees that a test fails (an hour)"
+	@echo "make aarch64  the whole library for Jetson and Grace, compiled here"
 	@echo "make resources  registers, stack and shared memory of every kernel on every GPU"
 	@echo "make package  wheel and source distribution, in dist"
 
@@ -46,6 +47,9 @@ resources: plugins
 
 sanitize: $(INSTALLED)
 	$(BIN)/pytest tests/plugins/test_sanitizers.py
+
+aarch64: $(INSTALLED)
+	MEGALODON_WHOLE_AARCH64=1 $(BIN)/pytest tests/plugins/test_cross_compile.py
 
 mutants: $(INSTALLED)
 	$(BIN)/python plugins/tests/mutate.py --report build/mutants.md

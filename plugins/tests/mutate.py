@@ -98,10 +98,11 @@ def plain_environment(library: Path) -> dict[str, str]:
     return os.environ | {"MEGALODON_EMULATED_LIBRARY": str(library)}
 
 
-def stages(mutants: Sequence[Mutant]) -> list[Stage]:
-    """Plain first: it is faster, and few mutants are left for the sanitizers."""
+def stages(mutants: Sequence[Mutant], *, compile_soon: bool) -> list[Stage]:
+    """Plain first: it is faster, and few mutants are left for the sanitizers. `compile_soon` is for few mutants."""
+    flags = ["-O0"] if compile_soon else []
     return [
-        Stage(Builder(BUILD / "plain", [], mutants), plain_environment),
+        Stage(Builder(BUILD / ("soon" if compile_soon else "plain"), flags, mutants), plain_environment),
         Stage(Builder(BUILD / "sanitized", FLAGS, mutants), sanitizer_environment),
     ]
 
@@ -191,7 +192,7 @@ def main() -> int:
         print("a C++ compiler is needed: apt-get install g++", file=sys.stderr)
         return 2
     allowed = allowed_survivors()
-    all_stages = stages(everything)
+    all_stages = stages(everything, compile_soon=options.sample is not None)
     if options.sample is None:  # a sample runs beside these very checks
         check_originals(all_stages, sorted({mutant.operator for mutant in chosen}))
     outcomes = run(all_stages, chosen, options.jobs)

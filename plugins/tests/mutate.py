@@ -18,8 +18,8 @@ import subprocess
 import sys
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,10 +65,14 @@ def allowed_survivors() -> dict[str, str]:
     return {entry["key"]: entry["reason"] for entry in entries}
 
 
-def checks_of(operator: str) -> list[Path]:
-    """The check files that name the operator; all of them for what every operator uses."""
+def checks_of(mutant: Mutant) -> list[Path]:
+    """The check files that name the mutant's operator, or one of those that use its header."""
+    operators = {mutant.operator}
+    if mutant.operator == "common":
+        sources = [path for pattern in ("operators/*/*.cuh", "operators/*/*.cu") for path in PLUGINS.glob(pattern)]
+        operators = {path.parent.name for path in sources if f'"{mutant.path}"' in path.read_text()}
     files = sorted(CHECKS.glob("test_emulated_*.py"))
-    return [file for file in files if operator in file.read_text()] or files
+    return [file for file in files if any(operator in file.read_text() for operator in operators)] or files
 
 
 @dataclass(frozen=True)
@@ -78,10 +82,10 @@ class Stage:
     builder: Builder
     environment: Callable[[Path], dict[str, str]]  # of a process that loads this library
 
-    def passes(self, operator: str, mutant: Mutant | None) -> bool:
-        """Whether every check of `operator` passes with this mutant, or with the kernels as they are."""
+    def passes(self, checks: Sequence[Path], mutant: Mutant | None) -> bool:
+        """Whether all `checks` pass with this mutant, or with the kernels as they are."""
         command = ["prlimit", f"--cpu={LONGEST_SECONDS}", sys.executable, "-m", "pytest", "-q", "-x"]
-        command += ["-p", "no:cacheprovider", *map(str, checks_of(operator))]
+        command += ["-p", "no:cacheprovider", *map(str, checks)]
         environment = self.environment(self.builder.library) | self.builder.environment(mutant)
         done = subprocess.run(
             command,
@@ -109,7 +113,7 @@ def stages(mutants: Sequence[Mutant], *, compile_soon: bool) -> list[Stage]:
 
 def try_mutant(all_stages: Sequence[Stage], mutant: Mutant) -> Outcome:
     for stage in all_stages:
-        passed = stage.passes(mutant.operator, mutant)
+        passed = stage.passes(checks_of(mutant), mutant)
         if mutant.key in stage.builder.broken:
             return Outcome(mutant, BROKEN)
         if not passed:
@@ -117,20 +121,19 @@ def try_mutant(all_stages: Sequence[Stage], mutant: Mutant) -> Outcome:
     return Outcome(mutant, SURVIVED)
 
 
-def check_originals(all_stages: Sequence[Stage], operators: Iterable[str]) -> None:
+def check_originals(all_stages: Sequence[Stage], checks: Sequence[Path]) -> None:
     """Raises RuntimeError when checks fail on the kernels as they are: no mutant could be told from that."""
     for stage in all_stages:
-        for operator in operators:
-            if not stage.passes(operator, None):
-                raise RuntimeError(f"the checks of {operator} fail on the kernels as they are: {stage.builder.folder}")
+        if not stage.passes(checks, None):
+            raise RuntimeError(f"the checks fail on the kernels as they are: {stage.builder.folder}")
 
 
 def run(all_stages: Sequence[Stage], mutants: Sequence[Mutant], jobs: int) -> list[Outcome]:
-    """Outcomes in the order of `mutants`."""
-    outcomes = []
+    """Outcomes in the order in which they come."""
+    outcomes: list[Outcome] = []
     with ThreadPoolExecutor(jobs) as pool:
-        for outcome in pool.map(lambda mutant: try_mutant(all_stages, mutant), mutants):
-            outcomes.append(outcome)
+        for future in as_completed(pool.submit(try_mutant, all_stages, mutant) for mutant in mutants):
+            outcomes.append(outcome := future.result())
             mutant = outcome.mutant
             print(f"[{len(outcomes)}/{len(mutants)}] {outcome.status}: {mutant.key} (line {mutant.line})", flush=True)
     return outcomes
@@ -194,7 +197,7 @@ def main() -> int:
     allowed = allowed_survivors()
     all_stages = stages(everything, compile_soon=options.sample is not None)
     if options.sample is None:  # a sample runs beside these very checks
-        check_originals(all_stages, sorted({mutant.operator for mutant in chosen}))
+        check_originals(all_stages, sorted({file for mutant in chosen for file in checks_of(mutant)}))
     outcomes = run(all_stages, chosen, options.jobs)
     text = table(outcomes, allowed)
     if options.report:

@@ -60,7 +60,9 @@ def read_resources(library: Path) -> list[KernelUse]:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     uses = list(parse_resources(done.stdout))
     names = _demangled([use[0] for use in uses])
-    found = [KernelUse(names[name], architecture, *numbers) for name, architecture, numbers in uses]
+    found = {
+        KernelUse(names[name], architecture, *numbers) for name, architecture, numbers in uses
+    }  # some stand in two files
     return sorted(found, key=lambda use: (use.kernel, use.architecture))
 
 
@@ -86,11 +88,12 @@ def _demangled(names: Sequence[str]) -> dict[str, str]:
 
 
 def _short(name: str) -> str:
-    """`void megalodon::norm::kernel<__half, 4>(megalodon::Call)` -> `kernel<half, 4>`."""
+    """`void megalodon::norm::kernel<__half, 4>(megalodon::Call)` -> `norm::kernel<half, 4>`."""
     name = re.sub(r"\((?:[^()]|\([^()]*\))*\)$", "", name).removeprefix("void ")
-    name = re.sub(r"(?:\w+|\(anonymous namespace\))::", "", name)
-    name = re.sub(r"\((?:int|bool|unsigned int)\)", "", name)  # in front of template arguments
-    return name.replace("__nv_bfloat16", "bfloat16").replace("__half", "half")
+    name = re.sub(r"\bmegalodon::|\(anonymous namespace\)::", "", name)
+    kernel, bracket, arguments = name.partition("<")
+    arguments = re.sub(r"\w+::|\((?:int|bool|unsigned int)\)", "", arguments)
+    return kernel + bracket + arguments.replace("__nv_bfloat16", "bfloat16").replace("__half", "half")
 
 
 def table(uses: Sequence[KernelUse], *, markdown: bool = False) -> str:

@@ -10,7 +10,7 @@ from kernel_resources import KernelUse, find_cuobjdump, parse_resources, read_re
 from megalodon_deploy.errors import MissingDependencyError
 
 # Kernels of training and of prefill that may keep something on the stack, with the reason.
-MAY_LEAVE_REGISTERS: dict[str, str] = {}
+MAY_LEAVE_REGISTERS = {"complex_ema::backward_kernel<Layout<32, 8> >": "gradients for N > 32, which no model has"}
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +26,11 @@ def test_every_kernel_is_there_for_every_architecture(uses: list[KernelUse]) -> 
     architectures = {use.architecture for use in uses}
     kernels = {use.kernel for use in uses}
     assert len(uses) == len(architectures) * len(kernels)
-    assert any(kernel.startswith("complex_ema") for kernel in kernels)
+    assert any(kernel.startswith("complex_ema::") for kernel in kernels)
 
 
 def test_no_kernel_leaves_the_registers(uses: list[KernelUse]) -> None:
-    spilling = {use.kernel.split("<")[0] for use in uses if use.leaves_registers}
+    spilling = {use.kernel for use in uses if use.leaves_registers}
     assert spilling == set(MAY_LEAVE_REGISTERS), table([use for use in uses if use.leaves_registers])
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ _PACKAGES = {"nlohmann_json": "nlohmann-json3-dev", "OpenSSL": "libssl-dev", "GT
 
 
 def build(sanitize: str = "", *, cmake_arguments: Sequence[str] = ()) -> Path:
-    """Build everything; returns the directory with the library and the programs. Nothing is done twice.
+    """Build everything, or with sanitizers the tests alone; returns the directory of the results. Nothing is done twice.
 
     Raises `MissingDependencyError` naming what to install, `EngineError` when the compilation fails.
     """
@@ -37,23 +38,25 @@ def build(sanitize: str = "", *, cmake_arguments: Sequence[str] = ()) -> Path:
     ninja = find_program("ninja")
     configure = [str(find_program("cmake")), "-G", "Ninja", "-S", str(SOURCE), "-B", str(folder)]
     configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DMEGALODON_SANITIZE={sanitize}", "-DMEGALODON_BUILD_TESTS=ON"]
-    configure += ["-DCMAKE_COMPILE_WARNING_AS_ERROR=ON", *_tensorrt_arguments(), *cmake_arguments]
+    configure += ["-DCMAKE_COMPILE_WARNING_AS_ERROR=ON", *cmake_arguments]
+    configure += ["-DMEGALODON_BUILD_EXAMPLES=OFF"] if sanitize else _tensorrt_arguments()
+    targets = ["runtime_tests"] if sanitize else []
     with open(folder / ".lock", "w") as lock:  # parallel test processes ask for the same one
         fcntl.flock(lock, fcntl.LOCK_EX)
         _run(configure, folder / "configure.log")
-        _run([str(ninja), "-C", str(folder)], folder / "build.log")
+        _run([str(ninja), "-C", str(folder), *targets], folder / "build.log")
     return folder
 
 
 def _tensorrt_arguments() -> list[str]:
     """Nothing where the headers are missing: CMakeLists.txt leaves the backend out."""
     try:
-        return [
-            f"-DMEGALODON_TENSORRT_INCLUDE={find_tensorrt_headers()}",
-            f"-DMEGALODON_CUDA_INCLUDE={find_cuda().root / 'include'}",
-        ]
+        headers, cuda = find_tensorrt_headers(), find_cuda().root / "include"
     except MissingDependencyError:
         return []
+    rtx_root = os.environ.get("TENSORRT_RTX_ROOT")
+    folders = [headers, *([Path(rtx_root) / "include"] if rtx_root else [])]
+    return [f"-DMEGALODON_TENSORRT_INCLUDE={';'.join(map(str, folders))}", f"-DMEGALODON_CUDA_INCLUDE={cuda}"]
 
 
 def _run(command: Sequence[str], log: Path) -> None:

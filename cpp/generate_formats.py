@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megalodon_deploy import bundle
+from megalodon_deploy import bundle, state
 from megalodon_deploy.engine import info, library
 from megalodon_deploy.runtime import sampling, saved_stream
 from megalodon_deploy.runtime.executors import host_memory
 
 HEADER = Path(__file__).parent / "src" / "formats.hpp"
 
-_CONSTANTS: dict[str, tuple[str, str | int]] = {
+_CONSTANTS: dict[str, tuple[str, str | float]] = {
     "Files and formats of a bundle.": ("", ""),
     "kBundleFormat": ("char[]", bundle.FORMAT),
     "kBundleFormatVersion": ("int", bundle.FORMAT_VERSION),
@@ -34,6 +34,10 @@ _CONSTANTS: dict[str, tuple[str, str | int]] = {
     "kRecentTokens": ("char[]", saved_stream.RECENT_TOKENS),
     "kPendingTokens": ("char[]", saved_stream.PENDING_TOKENS),
     "kGenerator": ("char[]", saved_stream.GENERATOR),
+    "Rows of keys and values in 8 bits: a row's scale is its largest magnitude over the largest code.": ("", ""),
+    "kLargestFp8": ("float", state.QUANTIZED_ROW_MAX["fp8"]),
+    "kLargestInt8": ("float", state.QUANTIZED_ROW_MAX["int8"]),
+    "kSmallestRowScale": ("float", state.SMALLEST_ROW_SCALE),
     "A running one.": ("", ""),
     "kHistoryTokens": ("std::int64_t", sampling.HISTORY_TOKENS),
     "kBucketRows": ("std::int64_t", host_memory.BUCKET_ROWS),
@@ -50,7 +54,8 @@ def formats_header() -> str:
         elif kind == "char[]":
             lines.append(f'constexpr char {name}[] = "{value}";')
         else:
-            lines.append(f"constexpr {kind} {name} = {value};")
+            suffix = "f" if kind == "float" else ""
+            lines.append(f"constexpr {kind} {name} = {value}{suffix};")
     return "\n".join([*lines, "", "}  // namespace megalodon", ""])
 
 

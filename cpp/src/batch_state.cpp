@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "row_types.hpp"
 #include "session_state.hpp"
 
 namespace megalodon::detail {
@@ -27,7 +28,9 @@ std::int64_t BatchState::admit(StreamState& stream, const SavedStream* saved) {
                     "all " + std::to_string(num_slots()) + " slots of the batch are taken; retire a stream first");
     }
     const std::int64_t slot = free - streams_.begin();
-    if (saved != nullptr) memory_.write(slot, saved->position, tensors_for(*saved));
+    if (saved != nullptr) {
+        memory_.write(slot, saved->position, convert_rows(saved->tensors, session_->manifest(), "resumed stream"));
+    }
     *free = &stream;
     return slot;
 }

@@ -26,6 +26,11 @@ constexpr char kRecentTokens[] = "recent_tokens";
 constexpr char kPendingTokens[] = "pending_tokens";
 constexpr char kGenerator[] = "generator";
 
+// Rows of keys and values in 8 bits: a row's scale is its largest magnitude over the largest code.
+constexpr float kLargestFp8 = 448.0f;
+constexpr float kLargestInt8 = 127.0f;
+constexpr float kSmallestRowScale = 1e-30f;
+
 // A running one.
 constexpr std::int64_t kHistoryTokens = 1024;
 constexpr std::int64_t kBucketRows = 64;

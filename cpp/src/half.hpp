@@ -1,4 +1,5 @@
-// float16 and bfloat16 in software, rounded to nearest even as numpy does.
+// float16, bfloat16 and float8 (e4m3 without infinities) in software, rounded to nearest even as NumPy and ml_dtypes
+// do.
 #pragma once
 
 #include <cstdint>
@@ -47,6 +48,26 @@ inline std::uint16_t to_bfloat16(float value) {
     const std::uint32_t bits = bits_of(value);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>((bits >> 16) | 0x40u);  // NaN
     return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// For magnitudes up to 448, the largest there is.
+inline std::uint8_t to_float8(float value) {
+    const std::uint32_t sign = (bits_of(value) >> 24) & 0x80u;
+    const std::uint32_t magnitude = bits_of(value) & 0x7fffffffu;
+    if (magnitude < 0x3c800000u) {  // below 2^-6: adding 2^14 leaves the multiple of 2^-9 in the low bits, rounded
+        const float shifted = float_of(magnitude) + 0x1p14f;
+        return static_cast<std::uint8_t>(sign | (bits_of(shifted) - bits_of(0x1p14f)));
+    }
+    const std::uint32_t is_odd = (magnitude >> 20) & 1u;
+    return static_cast<std::uint8_t>(sign | ((magnitude - 0x3c000000u + 0x7ffffu + is_odd) >> 20));
+}
+
+inline float from_float8(std::uint8_t code) {
+    const std::uint32_t exponent = (code >> 3) & 0xfu, mantissa = code & 7u;
+    float magnitude = static_cast<float>(mantissa) * 0x1p-9f;
+    if (exponent > 0) magnitude = float_of(((exponent + 120) << 23) | (mantissa << 20));
+    if ((code & 0x7fu) == 0x7fu) magnitude = float_of(0x7fc00000u);  // NaN
+    return (code & 0x80u) != 0 ? -magnitude : magnitude;
 }
 
 inline float from_bfloat16(std::uint16_t value) {

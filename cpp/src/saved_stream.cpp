@@ -1,10 +1,12 @@
 #include "saved_stream.hpp"
 
 #include <cstring>
+#include <set>
 
 #include "convert.hpp"
 #include "formats.hpp"
 #include "megalodon/state_layout.h"
+#include "row_types.hpp"
 #include "safetensors.hpp"
 
 namespace megalodon::detail {
@@ -25,14 +27,10 @@ HostTensor vector_tensor(DType dtype, const std::vector<T>& values) {
     return tensor;
 }
 
-// fp8 is saved as its bits: not every reader of the format knows the type.
-TensorMap with_fp8_as(DType stored, const SavedStream& saved) {
-    TensorMap tensors = saved.tensors;
-    for (const StateSpec& spec : saved.manifest->state) {
-        const auto found = tensors.find(spec.past);
-        if (spec.dtype == DType::float8_e4m3 && found != tensors.end() && byte_size(found->second.dtype) == 1) {
-            found->second.dtype = stored;
-        }
+// fp8 is saved as its bits: not every reader of the format knows the type. No tensor of the state is made of bytes.
+TensorMap retyped(TensorMap tensors, DType from, DType to) {
+    for (auto& [name, tensor] : tensors) {
+        if (tensor.dtype == from) tensor.dtype = to;
     }
     return tensors;
 }
@@ -96,6 +94,35 @@ void check_tokens(const SavedStream& saved, const std::string& where) {
     }
 }
 
+// The tensors of the bundle's table, with key and value rows in the type that the stream has them in.
+void check_state(const SavedStream& saved, const std::string& where) {
+    const std::int64_t num_rows = saved.position % saved.manifest->chunk_size;
+    const DType kept = type_of_rows(saved.tensors, *saved.manifest);
+    std::set<std::string> known;
+    const auto check_one = [&](const std::string& name, const Shape& shape, DType dtype, bool may_be_cast) {
+        const auto found = saved.tensors.find(name);
+        if (found == saved.tensors.end()) fail(where, "tensor " + name + " is missing");
+        check_tensor(found->second, name, concrete_shape(shape, 1, 0, num_rows), dtype, may_be_cast, where);
+        known.insert(name);
+    };
+    std::set<std::string> scales;
+    for (const StateSpec& spec : saved.manifest->state) {
+        if (!is_convertible(spec)) continue;
+        check_one(spec.past, spec.past_shape, kept, !is_quantised(kept));
+        scales.insert(scale_name(spec.past));
+        const Shape scale_shape(spec.past_shape.begin(), spec.past_shape.end() - 1);
+        if (is_quantised(kept)) check_one(scale_name(spec.past), scale_shape, DType::float32, false);
+    }
+    for (const StateSpec& spec : saved.manifest->state) {
+        if (!is_convertible(spec) && scales.count(spec.past) == 0) {
+            check_one(spec.past, spec.past_shape, spec.dtype, false);
+        }
+    }
+    for (const auto& [name, tensor] : saved.tensors) {
+        if (known.count(name) == 0) fail(where, "unknown tensor " + name + "; the file does not belong to this bundle");
+    }
+}
+
 void check(const SavedStream& saved, const std::string& where) {
     if (saved.position < 0) fail(where, "position is " + std::to_string(saved.position) + ", expected 0 or more");
     check_tokens(saved, where);
@@ -107,20 +134,7 @@ void check(const SavedStream& saved, const std::string& where) {
         check_tensor(vector_tensor(DType::float32, saved.logits), kLogits, {saved.manifest->vocab_size}, DType::float32,
                      false, where);
     }
-    const std::int64_t num_rows = saved.position % saved.manifest->chunk_size;
-    for (const StateSpec& spec : saved.manifest->state) {
-        const auto found = saved.tensors.find(spec.past);
-        if (found == saved.tensors.end()) fail(where, "tensor " + spec.past + " is missing");
-        check_tensor(found->second, spec.past, concrete_shape(spec.past_shape, 1, 0, num_rows), spec.dtype,
-                     spec.is_activation, where);
-    }
-    if (saved.tensors.size() == saved.manifest->state.size()) return;
-    for (const auto& [name, tensor] : saved.tensors) {
-        bool is_known = false;
-        for (const StateSpec& spec : saved.manifest->state)
-            is_known = is_known || spec.past == name;
-        if (!is_known) fail(where, "unknown tensor " + name + "; the file does not belong to this bundle");
-    }
+    check_state(saved, where);
 }
 
 void check_metadata(const SafetensorsFile& file, const char* key, const char* expected, const std::string& where) {
@@ -136,7 +150,7 @@ void check_metadata(const SafetensorsFile& file, const char* key, const char* ex
 void write_saved_stream(const SavedStream& saved, const std::filesystem::path& path) {
     check(saved, "the stream cannot be saved");
     SafetensorsFile file;
-    file.tensors = with_fp8_as(DType::uint8, saved);
+    file.tensors = retyped(saved.tensors, DType::float8_e4m3, DType::uint8);
     file.tensors[kPosition] = vector_tensor<std::int64_t>(DType::int64, {saved.position});
     file.tensors[kRecentTokens] = vector_tensor(DType::int64, saved.recent);
     std::vector<std::int64_t> pending;
@@ -177,19 +191,9 @@ SavedStream read_saved_stream(const std::filesystem::path& path, std::shared_ptr
         fail(where, std::string(kLogits) + " is not a vector of float32" + kSaveAgain);
     }
     saved.logits = values_of<float>(logits);
-    saved.tensors = std::move(file.tensors);
-    saved.tensors = with_fp8_as(DType::float8_e4m3, saved);
+    saved.tensors = retyped(std::move(file.tensors), DType::uint8, DType::float8_e4m3);
     check(saved, where);
     return saved;
-}
-
-TensorMap tensors_for(const SavedStream& saved) {
-    TensorMap tensors = saved.tensors;
-    for (const StateSpec& spec : saved.manifest->state) {
-        if (spec.is_activation)
-            tensors[spec.past] = cast(tensors[spec.past], spec.dtype, "resumed stream: " + spec.past);
-    }
-    return tensors;
 }
 
 void check_origin(const SavedStream& saved, const Manifest& manifest, const std::string& where) {

@@ -34,9 +34,6 @@ void write_saved_stream(const SavedStream& saved, const std::filesystem::path& p
 // Throws Error (state) naming file, tensor, found and expected.
 SavedStream read_saved_stream(const std::filesystem::path& path, std::shared_ptr<const Manifest> manifest);
 
-// The tensors with key and value rows cast to the bundle's type. Throws Error (state) on overflow.
-TensorMap tensors_for(const SavedStream& saved);
-
 // Throws Error (state) unless the bundle or the model that the stream comes from is this one.
 void check_origin(const SavedStream& saved, const Manifest& manifest, const std::string& where);
 

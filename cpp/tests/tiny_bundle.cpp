@@ -24,12 +24,12 @@ Json state_row(const std::string& past, const std::string& present, const Json& 
             {"dtype", dtype}};
 }
 
-// Two heads, rows of different width, a table of scales as quantised rows have, whole tensors of rank 2 and 4.
+// Two heads, rows of different width and of none, as the scales of quantised rows are, whole tensors of rank 2 and 4.
 Json state_table() {
     return {
         state_row("past_key.0", "new_key.0", {"B", 2, "S", 3}, {"B", 2, "T", 3}, "activation"),
         state_row("past_value.0", "new_value.0", {"B", 2, "S", 5}, {"B", 2, "T", 5}, "activation"),
-        state_row("past_key_scale.0", "new_key_scale.0", {"B", 2, "S"}, {"B", 2, "T"}, "float32"),
+        state_row("past_table.0", "new_table.0", {"B", 2, "S"}, {"B", 2, "T"}, "float32"),
         state_row("past_cema.0", "present_cema.0", {"B", 4, 2, 2}, {"B", 4, 2, 2}, "float32"),
         state_row("past_norm.final", "present_norm.final", {"B", 3}, {"B", 3}, "float32"),
     };

@@ -122,6 +122,26 @@ def test_other_bundles(library: CLibrary, onnxruntime_library: Path, tmp_path: P
     assert resumed.generate(max_new_tokens=80) == list(continued.generate(max_new_tokens=80))
 
 
+def test_streams_move_between_exports(
+    library: CLibrary, bundle: Bundle, onnxruntime_library: Path, tmp_path: Path
+) -> None:
+    """Keys and values are cast or quantised on the way; both languages make the same rows of them."""
+    checkpoint = bundle.path.parent / "checkpoint"
+    bundles = {"fp32": bundle, "fp16": export_checkpoint(checkpoint, tmp_path / "fp16", precision="fp16")}
+    for kind in ("int8", "fp8"):
+        bundles[kind] = export_checkpoint(checkpoint, tmp_path / kind, kv_dtype=kind)  # type: ignore[arg-type]
+    python = {name: made.session("onnxruntime", threads=1, native=False) for name, made in bundles.items()}
+    cpp = {name: library.session(made.path, onnxruntime_library, threads=1) for name, made in bundles.items()}
+    for source in bundles:
+        stream = python[source].stream()
+        stream.prefill(PROMPT)
+        stream.save(tmp_path / "stream")
+        for target in bundles:
+            cpp[target].stream(tmp_path / "stream").save(tmp_path / "cpp")
+            python[target].stream(resume=tmp_path / "stream").save(tmp_path / "python")
+            assert header_and_data(tmp_path / "cpp") == header_and_data(tmp_path / "python"), (source, target)
+
+
 def test_compiled_operators(
     library: CLibrary,
     bundle: Bundle,

@@ -1,0 +1,38 @@
+// TensorRT behind an interface without its headers. tensorrt.cpp is compiled once for each of the two ABIs that there
+// are: that of TensorRT 10, and that of TensorRT 11 and TensorRT-RTX.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "library.hpp"
+#include "megalodon/engine.hpp"
+
+struct CUstream_st;
+
+namespace megalodon::detail {
+
+// A deserialised engine, ready to run on the GPU whose context is current.
+class TensorRT {
+ public:
+    virtual ~TensorRT() = default;
+    virtual std::vector<std::string> tensor_names() const = 0;
+    // Enqueues a call on the stream. Throws Error (engine).
+    virtual void enqueue(const std::vector<TensorRef>& inputs, const std::vector<TensorRef>& outputs,
+                         CUstream_st* stream) = 0;
+};
+
+struct TensorRTRequest {
+    const Library& library;      // libnvinfer or libtensorrt_rtx
+    std::string plugin_library;  // path of libmegalodon, "" for an engine without plugins
+    const void* engine;          // serialised
+    std::size_t engine_bytes;
+    std::string where;  // the engine's file, for messages
+};
+
+// Throw Error (engine). Those whose headers were missing are not built.
+std::unique_ptr<TensorRT> open_tensorrt_abi10(const TensorRTRequest& request);
+std::unique_ptr<TensorRT> open_tensorrt_abi11(const TensorRTRequest& request);
+
+}  // namespace megalodon::detail

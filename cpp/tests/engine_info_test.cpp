@@ -1,0 +1,113 @@
+// Which engine of a bundle runs where; nothing is loaded.
+#include <gtest/gtest.h>
+
+#include <functional>
+#include <nlohmann/json.hpp>
+
+#include "backends/backends.hpp"
+#include "backends/engine_info.hpp"
+#include "formats.hpp"
+#include "megalodon/session.hpp"
+#include "tiny_bundle.hpp"
+
+namespace megalodon::test {
+namespace {
+
+using detail::choose_engine;
+using detail::EngineInfo;
+using Json = nlohmann::json;
+
+Json engine_json(const std::string& id) {
+    return {
+        {"format_version", kEngineInfoVersion},
+        {"id", id},
+        {"flavour", "tensorrt-rtx"},
+        {"version", "1.7.1.116"},
+        {"compute_capabilities", {80, 89}},
+        {"max_batch", 4},
+        {"profile", {{"tokens", {{"min", {1, 1}}, {"opt", {4, 1}}, {"max", {4, 12}}}}}},
+        {"norm_update", "float64"},
+        {"bundle_fingerprint", TinyModel().fingerprint},
+        {"engine", {{"sha256", "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c"}, {"size_bytes", 7}}},
+        {"plugin_library", {{"name", "libmegalodon.so"}, {"abi_version", 2}, {"sha256", "0"}}}};
+}
+
+class Engines : public testing::Test {
+ protected:
+    void SetUp() override { write_bundle(directory_.path(), {}); }
+
+    void add(const std::string& id, const std::function<void(Json&)>& change = [](Json&) {}) {
+        Json document = engine_json(id);
+        change(document);
+        const auto folder = directory_.path() / kEnginesDir / id;
+        std::filesystem::create_directories(folder);
+        write_text(folder / kEngineInfoFile, document.dump());
+        write_text(folder / kEngineFile, "weights");
+    }
+    EngineInfo choose() { return choose_engine(Bundle::open(directory_.path()), {"tensorrt-rtx", "1.7.1", 89}); }
+    std::string refusal() {
+        try {
+            choose();
+        } catch (const Error& error) {
+            EXPECT_EQ(error.kind(), ErrorKind::engine);
+            return error.what();
+        }
+        ADD_FAILURE() << "nothing was thrown";
+        return "";
+    }
+    TemporaryDirectory directory_;
+};
+
+bool has(const std::string& text, const char* part) {
+    return text.find(part) != std::string::npos;
+}
+
+TEST_F(Engines, TheBestOfThoseThatFitIsTaken) {
+    add("narrow", [](Json& d) { d["norm_update"] = "float32", d["max_batch"] = 64; });
+    add("small");
+    add("large", [](Json& d) { d["max_batch"] = 8; });
+    add("foreign", [](Json& d) { d["max_batch"] = 99, d["compute_capabilities"] = {90}; });
+    add(".unfinished", [](Json& d) { d = 3; });
+    const EngineInfo info = choose();
+    EXPECT_EQ(info.id, "large");
+    EXPECT_EQ(info.plugin_abi, 2);
+    detail::check_engine(info);
+}
+
+TEST_F(Engines, WhatIsInTheWayIsSaid) {
+    EXPECT_PRED2(has, refusal(), "has no engine; build one: `megalodon-deploy build");
+    const auto refused = [&](const std::function<void(Json&)>& change) {
+        add("only", change);
+        return refusal();
+    };
+    EXPECT_PRED2(has, refused([](Json& d) { d["flavour"] = "tensorrt"; }), "another flavour than tensorrt-rtx");
+    EXPECT_PRED2(has, refused([](Json& d) { d["bundle_fingerprint"] = "x"; }), "another export");
+    EXPECT_PRED2(has, refused([](Json& d) { d["compute_capabilities"] = {80}; }), "compute capability 8.9");
+    EXPECT_PRED2(has, refused([](Json& d) { d["version"] = "1.7.10"; }), "another version of TensorRT than 1.7.1");
+    EXPECT_PRED2(has, refused([](Json& d) { d["profile"]["tokens"]["max"] = {4, 6}; }), "another release");
+    EXPECT_PRED2(has, refused([](Json& d) { d["format_version"] = 9; }), "format version 9");
+    EXPECT_PRED2(has, refused([](Json& d) { d.erase("max_batch"); }), "max_batch");
+}
+
+TEST_F(Engines, ADamagedEngineIsNotLoaded) {
+    add("only");
+    const auto path = directory_.path() / kEnginesDir / "only" / kEngineFile;
+    const auto check = [&] {
+        try {
+            detail::check_engine(choose());
+        } catch (const Error& error) {
+            return std::string(error.what());
+        }
+        return std::string();
+    };
+    EXPECT_EQ(check(), "");
+    write_text(path, "WEIGHTS");
+    EXPECT_PRED2(has, check(), "sha256 is");
+    write_text(path, "short");
+    EXPECT_PRED2(has, check(), "has 5 bytes");
+    std::filesystem::remove(path);
+    EXPECT_PRED2(has, check(), "is missing");
+}
+
+}  // namespace
+}  // namespace megalodon::test

@@ -28,7 +28,7 @@ _PACKAGES = {"nlohmann_json": "nlohmann-json3-dev", "OpenSSL": "libssl-dev", "GT
 
 
 def build(sanitize: str = "", *, cmake_arguments: Sequence[str] = ()) -> Path:
-    """Build everything, or with sanitizers the tests alone; returns the directory of the results. Nothing is done twice.
+    """Build everything, or with sanitizers the tests alone; returns the directory. Nothing is done twice.
 
     Raises `MissingDependencyError` naming what to install, `EngineError` when the compilation fails.
     """

@@ -8,13 +8,17 @@
 
 #include "logging.hpp"
 
-#define MEGALODON_CONCAT_(left, right) left##right
-#define MEGALODON_CONCAT(left, right) MEGALODON_CONCAT_(left, right)
-#define MEGALODON_WITH_ABI(name) MEGALODON_CONCAT(name, MEGALODON_TENSORRT_ABI)
+#if MEGALODON_TENSORRT_ABI == 10
+#define MEGALODON_ABI_NAMESPACE tensorrt_abi10
+#define MEGALODON_OPEN open_tensorrt_abi10
+#else
+#define MEGALODON_ABI_NAMESPACE tensorrt_abi11
+#define MEGALODON_OPEN open_tensorrt_abi11
+#endif
 
 namespace megalodon::detail {
 
-namespace MEGALODON_WITH_ABI(tensorrt_abi) {
+namespace MEGALODON_ABI_NAMESPACE {
 
 namespace trt = nvinfer1;
 
@@ -113,10 +117,10 @@ class Execution : public TensorRT {
     std::unique_ptr<trt::IExecutionContext> context_;
 };
 
-}  // namespace MEGALODON_WITH_ABI(tensorrt_abi)
+}  // namespace MEGALODON_ABI_NAMESPACE
 
-std::unique_ptr<TensorRT> MEGALODON_WITH_ABI(open_tensorrt_abi)(const TensorRTRequest& request) {
-    return std::make_unique<MEGALODON_WITH_ABI(tensorrt_abi)::Execution>(request);
+std::unique_ptr<TensorRT> MEGALODON_OPEN(const TensorRTRequest& request) {
+    return std::make_unique<MEGALODON_ABI_NAMESPACE::Execution>(request);
 }
 
 }  // namespace megalodon::detail

@@ -31,6 +31,9 @@ CHECKS = PLUGINS.parent / "tests" / "plugins"
 ALLOWED = Path(__file__).with_name("mutants_allowed.toml")
 BUILD = PLUGINS.parent / "build" / "mutants"
 LONGEST_SECONDS = 300  # of processor time: a loop without end is a killed mutant, a busy machine is not
+SANITIZED = ("test_emulated_*.py",)
+PLAIN = (*SANITIZED, "test_runtime_kernels.py")  # the latter needs PyTorch, which the sanitizers do not go with
+NO_TESTS = 5  # exit code of pytest when nothing was selected
 KILLED, SURVIVED, BROKEN = "killed", "survived", "does not compile"
 
 
@@ -65,14 +68,12 @@ def allowed_survivors() -> dict[str, str]:
     return {entry["key"]: entry["reason"] for entry in entries}
 
 
-def checks_of(mutant: Mutant) -> list[Path]:
-    """The check files that name the mutant's operator, or one of those that use its header."""
-    operators = {mutant.operator}
-    if mutant.operator == "common":
-        sources = [path for pattern in ("operators/*/*.cuh", "operators/*/*.cu") for path in PLUGINS.glob(pattern)]
-        operators = {path.parent.name for path in sources if f'"{mutant.path}"' in path.read_text()}
-    files = sorted(CHECKS.glob("test_emulated_*.py"))
-    return [file for file in files if any(operator in file.read_text() for operator in operators)] or files
+def operators_of(mutant: Mutant) -> set[str]:
+    """Folders of the operators that the mutant is in, or whose sources include its header."""
+    if mutant.operator != "common":
+        return {mutant.operator}
+    sources = [path for pattern in ("operators/*/*.cuh", "operators/*/*.cu") for path in PLUGINS.glob(pattern)]
+    return {path.parent.name for path in sources if f'"{mutant.path}"' in path.read_text()}
 
 
 @dataclass(frozen=True)
@@ -81,21 +82,32 @@ class Stage:
 
     builder: Builder
     environment: Callable[[Path], dict[str, str]]  # of a process that loads this library
+    patterns: tuple[str, ...]  # of the check files
+
+    def checks_of(self, mutant: Mutant) -> list[Path]:
+        """The check files that name an operator of the mutant."""
+        files = sorted(file for pattern in self.patterns for file in CHECKS.glob(pattern))
+        return [file for file in files if any(operator in file.read_text() for operator in operators_of(mutant))]
 
     def passes(self, checks: Sequence[Path], mutant: Mutant | None) -> bool:
         """Whether all `checks` pass with this mutant, or with the kernels as they are."""
+        if not checks:
+            return True
+        environment = self.environment(self.builder.library) | self.builder.environment(mutant)
         command = ["prlimit", f"--cpu={LONGEST_SECONDS}", sys.executable, "-m", "pytest", "-q", "-x"]
         command += ["-p", "no:cacheprovider", *map(str, checks)]
-        environment = self.environment(self.builder.library) | self.builder.environment(mutant)
-        done = subprocess.run(
-            command,
-            env=environment | {"OMP_NUM_THREADS": "1"},
-            cwd=PLUGINS.parent,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            check=False,
-        )
-        return done.returncode == 0
+        for selection in (["-k", "order"], ["-k", "not order"]):  # what catches a missing barrier comes first
+            done = subprocess.run(
+                [*command, *selection],
+                env=environment | {"OMP_NUM_THREADS": "1"},
+                cwd=PLUGINS.parent,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                check=False,
+            )
+            if done.returncode not in (0, NO_TESTS):
+                return False
+        return True
 
 
 def plain_environment(library: Path) -> dict[str, str]:
@@ -106,14 +118,14 @@ def stages(mutants: Sequence[Mutant], *, compile_soon: bool) -> list[Stage]:
     """Plain first: it is faster, and few mutants are left for the sanitizers. `compile_soon` is for few mutants."""
     flags = ["-O0"] if compile_soon else []
     return [
-        Stage(Builder(BUILD / ("soon" if compile_soon else "plain"), flags, mutants), plain_environment),
-        Stage(Builder(BUILD / "sanitized", FLAGS, mutants), sanitizer_environment),
+        Stage(Builder(BUILD / ("soon" if compile_soon else "plain"), flags, mutants), plain_environment, PLAIN),
+        Stage(Builder(BUILD / "sanitized", FLAGS, mutants), sanitizer_environment, SANITIZED),
     ]
 
 
 def try_mutant(all_stages: Sequence[Stage], mutant: Mutant) -> Outcome:
     for stage in all_stages:
-        passed = stage.passes(checks_of(mutant), mutant)
+        passed = stage.passes(stage.checks_of(mutant), mutant)
         if mutant.key in stage.builder.broken:
             return Outcome(mutant, BROKEN)
         if not passed:
@@ -121,10 +133,10 @@ def try_mutant(all_stages: Sequence[Stage], mutant: Mutant) -> Outcome:
     return Outcome(mutant, SURVIVED)
 
 
-def check_originals(all_stages: Sequence[Stage], checks: Sequence[Path]) -> None:
+def check_originals(all_stages: Sequence[Stage], mutants: Sequence[Mutant]) -> None:
     """Raises RuntimeError when checks fail on the kernels as they are: no mutant could be told from that."""
     for stage in all_stages:
-        if not stage.passes(checks, None):
+        if not stage.passes(sorted({file for mutant in mutants for file in stage.checks_of(mutant)}), None):
             raise RuntimeError(f"the checks fail on the kernels as they are: {stage.builder.folder}")
 
 
@@ -197,7 +209,7 @@ def main() -> int:
     allowed = allowed_survivors()
     all_stages = stages(everything, compile_soon=options.sample is not None)
     if options.sample is None:  # a sample runs beside these very checks
-        check_originals(all_stages, sorted({file for mutant in chosen for file in checks_of(mutant)}))
+        check_originals(all_stages, chosen)
     outcomes = run(all_stages, chosen, options.jobs)
     text = table(outcomes, allowed)
     if options.report:

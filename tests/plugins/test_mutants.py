@@ -10,7 +10,7 @@ import pytest
 from mutants import Mutant, find_mutants, instrument
 from mutate import BROKEN, KILLED, SURVIVED, Outcome, all_mutants, allowed_survivors, complaints, sample_of, table
 
-SAMPLE = 4
+SAMPLE = ["--only", ": barrier: ", "--sample", "2"]
 
 SOURCE = """\
 __global__ void kernel(Call call) {
@@ -139,11 +139,11 @@ def test_a_sample_has_every_kind() -> None:
 
 def test_a_sample_is_killed(repository: Path) -> None:
     script = repository / "plugins" / "tests" / "mutate.py"
-    command = [sys.executable, script, "--sample", str(SAMPLE)]
+    command = [sys.executable, script, *SAMPLE]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(KILLED) >= 1
+    assert done.stdout.count(f"] {KILLED}: ") == 2
 
 
 @pytest.mark.parametrize("arguments", [["--list"], ["--list", "--sample", "3"]], ids=len)

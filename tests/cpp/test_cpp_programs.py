@@ -62,7 +62,7 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("sanitizer", [""], ids=["plain"])
+@pytest.mark.parametrize("sanitizer", ["", "address", "thread"], ids=["plain", "address", "thread"])
 def test_compiled_tests(build_runtime: BuildRuntime, recording: Path, sanitizer: str) -> None:
     options = {
         "ASAN_OPTIONS": "detect_leaks=1",

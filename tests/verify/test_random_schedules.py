@@ -50,7 +50,7 @@ def candidates(bundle: Bundle) -> list[Candidate]:
     ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(schedule=schedules(), seed=st.integers(0, 2**32 - 1))
 def test_every_schedule_gives_the_same(
     model: Megalodon, candidates: list[Candidate], schedule: Schedule, seed: int

@@ -118,12 +118,13 @@ std::vector<int64_t> ordered(int64_t count) {
     return indices;
 }
 
-/// Runs every thread that waits for nothing up to its next wait; false if there was none.
-bool run_ready_threads() {
+/// Runs every thread of `first` .. `first + count` that waits for nothing up to its next wait; false if there was none.
+bool run_ready_threads(int first, int count) {
     bool has_run = false;
-    for (const int64_t thread : ordered(machine.num_threads)) {
+    for (const int64_t index : ordered(count)) {
+        const int thread = first + static_cast<int>(index);
         if (machine.fibers[thread].wait != Wait::kNothing) continue;
-        machine.current = static_cast<int>(thread);
+        machine.current = thread;
         thread_index.x = static_cast<unsigned>(thread);
         resume(machine.fibers[thread]);
         has_run = true;
@@ -164,8 +165,21 @@ bool finish_exchange(int first) {
     return false;
 }
 
-bool finish_exchanges() {
+/// Every warp runs as far as it can before the next one: a warp that does not wait for the others is far ahead of them.
+bool run_warps_apart() {
     bool any = false;
+    for (const int64_t warp : ordered((machine.num_threads + kWarpSize - 1) / kWarpSize)) {
+        const int first = static_cast<int>(warp) * kWarpSize;
+        const int num_lanes = std::min(kWarpSize, machine.num_threads - first);
+        while (run_ready_threads(first, num_lanes) | finish_exchange(first))
+            any = true;
+    }
+    return any;
+}
+
+/// All warps take one step each, from wait to wait.
+bool run_warps_together() {
+    bool any = run_ready_threads(0, machine.num_threads);
     for (int first = 0; first < machine.num_threads; first += kWarpSize) {
         any = finish_exchange(first) || any;
     }
@@ -181,13 +195,12 @@ bool run_block() {
         prepare_fiber(machine.fibers[thread]);
     }
     while (!all_wait_for(Wait::kDone)) {
-        const bool has_run = run_ready_threads();
-        const bool has_exchanged = finish_exchanges();
+        const bool has_run = machine.order > 1 ? run_warps_together() : run_warps_apart();
         if (all_wait_for(Wait::kBarrier)) {
             for (int thread = 0; thread < machine.num_threads; ++thread) {
                 machine.fibers[thread].wait = Wait::kNothing;
             }
-        } else if (!has_run && !has_exchanged) {
+        } else if (!has_run) {
             return false;
         }
     }

@@ -31,6 +31,7 @@ NORM_STATE_TOLERANCE = 3e-7
 SPLIT_TOLERANCE = 1e-8  # of norm states: a token's own moments are float32 sums, in another order for few tokens
 GRADIENT_TOLERANCE = 3e-6  # of states and coefficients, which are float32 sums over rows and tokens
 EPSILON = 1e-5
+ASCENDING, DESCENDING, RANDOM = 0, 1, 20240801  # orders in which the threads of a block run
 MARGIN = int(os.environ.get("MEGALODON_TEST_MARGIN", "1024"))  # elements; 0 under AddressSanitizer, which has its own
 
 

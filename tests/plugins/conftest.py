@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from kernel_helpers import ASCENDING, HostMemory, KernelLibrary
 
 from megalodon_deploy.engine.library import repository_root
 from megalodon_deploy.engine.toolchain import build_emulated, build_plugins
@@ -36,3 +39,20 @@ def plugin_path() -> Path:
         return build_plugins()
     except MissingDependencyError as error:
         pytest.skip(f"libmegalodon.so cannot be built here: {error}")
+
+
+@pytest.fixture(scope="session")
+def kernels(emulated_path: Path) -> KernelLibrary:
+    """The emulated kernels, driven from host memory."""
+    return KernelLibrary(emulated_path, HostMemory())
+
+
+@pytest.fixture
+def set_order(kernels: KernelLibrary) -> Iterator[Callable[[int], None]]:
+    """Chooses the order in which the threads of a block run, until the test ends."""
+
+    def choose(order: int) -> None:
+        kernels.library.mgd_emulate_order(ctypes.c_int64(order))
+
+    yield choose
+    choose(ASCENDING)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -24,10 +23,9 @@ from attention_helpers import (
     workspace_bytes,
 )
 from helpers import assert_close
-from kernel_helpers import ACTIVATIONS, HostMemory, KernelLibrary
+from kernel_helpers import ACTIVATIONS, DESCENDING, RANDOM, KernelLibrary
 
 INVALID_ARGUMENT, UNSUPPORTED = 1, 2  # enum mgd_status
-ASCENDING, DESCENDING, RANDOM = 0, 1, 20240801  # orders in which the threads of a block run
 
 # Heads narrower and wider than a warp's accesses, aligned and not, of one column, and the widest there are.
 DECODE_SIZES: list[dict[str, Any]] = [
@@ -47,20 +45,6 @@ PREFILL_SIZES: list[dict[str, Any]] = [
     {"T": 3, "S": 9, "dz": 256, "dv": 2048, "filled": [7], "H": 1},
     {"T": 5, "S": 20, "dz": 33, "dv": 257, "filled": [20, 11], "H": 1},
 ]
-
-
-@pytest.fixture(scope="session")
-def kernels(emulated_path: Path) -> KernelLibrary:
-    return KernelLibrary(emulated_path, HostMemory())
-
-
-@pytest.fixture
-def set_order(kernels: KernelLibrary) -> Iterator[Callable[[int], None]]:
-    def choose(order: int) -> None:
-        kernels.library.mgd_emulate_order(ctypes.c_int64(order))
-
-    yield choose
-    choose(ASCENDING)
 
 
 @pytest.mark.parametrize("dtype", ACTIVATIONS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,20 +47,6 @@ NORM_SIZES = [
     (1, 1100, 6, 2),
     (1, 3, 544, 1),
 ]
-
-
-@pytest.fixture(scope="session")
-def kernels(emulated_path: Path) -> KernelLibrary:
-    return KernelLibrary(emulated_path, HostMemory())
-
-
-@pytest.fixture
-def set_order(kernels: KernelLibrary) -> Iterator[Callable[[int], None]]:
-    def choose(order: int) -> None:
-        kernels.library.mgd_emulate_order(ctypes.c_int64(order))
-
-    yield choose
-    choose(0)
 
 
 @pytest.mark.parametrize("sizes", CEMA_SIZES, ids=str)

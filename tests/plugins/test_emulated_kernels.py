@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from helpers import assert_close
 from kernel_helpers import (
     ACTIVATIONS,
+    DESCENDING,
     EPSILON,
+    RANDOM,
     SPLIT_TOLERANCE,
-    HostMemory,
     KernelLibrary,
     assert_norm_state,
     check_complex_ema,
@@ -27,7 +27,6 @@ from model.reference import timestep_norm_reference
 from megalodon_deploy.state import NORM_PARTS, pack_norm
 
 INVALID_ARGUMENT, UNSUPPORTED = 1, 2  # enum mgd_status
-ASCENDING, DESCENDING, RANDOM = 0, 1, 20240801  # orders in which the threads of a block run
 
 # B, T, D, N: T and B * D off and on the tiles, every kernel variant, N that does and does not fill its lanes.
 CEMA_SIZES = [
@@ -56,20 +55,6 @@ NORM_SIZES = [
     (1, 1100, 6, 2),
     (1, 17, 544, 1),
 ]
-
-
-@pytest.fixture(scope="session")
-def kernels(emulated_path: Path) -> KernelLibrary:
-    return KernelLibrary(emulated_path, HostMemory())
-
-
-@pytest.fixture
-def set_order(kernels: KernelLibrary) -> Iterator[Callable[[int], None]]:
-    def choose(order: int) -> None:
-        kernels.library.mgd_emulate_order(ctypes.c_int64(order))
-
-    yield choose
-    choose(ASCENDING)
 
 
 @pytest.mark.parametrize("dtype", ACTIVATIONS)

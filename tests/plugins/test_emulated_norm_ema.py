@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from kernel_helpers import ACTIVATIONS, EPSILON, HostMemory, KernelLibrary
+from kernel_helpers import ACTIVATIONS, DESCENDING, EPSILON, RANDOM, KernelLibrary
 from norm_ema_helpers import check_norm_ema, norm_ema_inputs, run_apart, run_norm_ema
 
 INVALID_ARGUMENT, UNSUPPORTED = 1, 2  # enum mgd_status
-ASCENDING, DESCENDING, RANDOM = 0, 1, 20240801  # orders in which the threads of a block run
 
 # D, G, N: groups smaller and larger than a block's channels, that begin inside one; every layout of modes.
 SIZES = [(24, 3, 16), (1, 1, 1), (66, 6, 4), (70, 1, 8), (96, 2, 32), (45, 45, 5), (40, 5, 40), (20, 4, 256)]
-
-
-@pytest.fixture(scope="session")
-def kernels(emulated_path: Path) -> KernelLibrary:
-    return KernelLibrary(emulated_path, HostMemory())
-
-
-@pytest.fixture
-def set_order(kernels: KernelLibrary) -> Iterator[Callable[[int], None]]:
-    def choose(order: int) -> None:
-        kernels.library.mgd_emulate_order(ctypes.c_int64(order))
-
-    yield choose
-    choose(ASCENDING)
 
 
 @pytest.mark.parametrize("dtype", ACTIVATIONS)

@@ -25,11 +25,6 @@ from kernel_helpers import (
 MULTIPROCESSORS = 132  # of an H200
 
 
-@pytest.fixture(scope="session")
-def kernels(emulated_path: Path) -> KernelLibrary:
-    return KernelLibrary(emulated_path, HostMemory())
-
-
 @pytest.fixture
 def set_multiprocessors(kernels: KernelLibrary) -> Iterator[Callable[[int], None]]:
     def choose(count: int) -> None:

@@ -8,9 +8,9 @@
 namespace megalodon::norm_ema {
 
 /// Joins the token's moments of group `g` to the past, by a whole warp.
-__device__ inline timestep_norm::Moments joined_moments(const NormEmaCall& call, int64_t row, int64_t g, int lane) {
+__device__ inline timestep_norm::Moments joined_moments(const NormEmaCall& call, int64_t row, int64_t g, int64_t size,
+                                                        int lane) {
     const TimestepNormInputs& in = call.norm.in;
-    const int64_t size = in.D / in.G;
     timestep_norm::Moments moments = timestep_norm::load_past(in, row, g);
     with_activation(call.ema.in.dtype, [&](auto zero) {
         const auto* x_s = static_cast<const decltype(zero)*>(in.x) + row * in.D + g * size;
@@ -47,6 +47,7 @@ __global__ void __launch_bounds__(Layout::kThreads) step_kernel(NormEmaCall call
     const int64_t end = smaller<int64_t>(first_channel + Layout::kChannels, in.D), first_group = first_channel / size;
     const int thread = static_cast<int>(threadIdx.x), lane = thread % Layout::kLanes;
     const int64_t channel = first_channel + thread / Layout::kLanes;
+    const int64_t own_norm = channel / size - first_group;  // here, while a division's call finds few registers in use
 
     // Read before the barrier, so that these latencies and those of the norm overlap.
     const complex_ema::ModeRange range = complex_ema::mode_range<Layout::kModes>(in, channel, lane);
@@ -55,7 +56,7 @@ __global__ void __launch_bounds__(Layout::kThreads) step_kernel(NormEmaCall call
     complex_ema::load_past(in, row, range, modes);
 
     for (int64_t g = first_group + thread / kWarpSize; g * size < end; g += kWarps) {  // the same for a warp
-        const timestep_norm::Moments moments = joined_moments(call, row, g, thread % kWarpSize);
+        const timestep_norm::Moments moments = joined_moments(call, row, g, size, thread % kWarpSize);
         if (thread % kWarpSize == 0) {
             norms[g - first_group] = timestep_norm::normaliser(moments, call.norm.in.epsilon);
             if (g * size >= first_channel) timestep_norm::store_present(call.norm, row, g, moments);
@@ -64,7 +65,7 @@ __global__ void __launch_bounds__(Layout::kThreads) step_kernel(NormEmaCall call
     __syncthreads();
 
     float u = 0.0f;
-    if (channel < end) u = normalised(call, row, channel, norms[channel / size - first_group], lane == 0);
+    if (channel < end) u = normalised(call, row, channel, norms[own_norm], lane == 0);
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < Layout::kModes; ++i) {

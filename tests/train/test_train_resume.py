@@ -76,27 +76,24 @@ def run_in_child(config: TrainConfig) -> None:
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     """SIGKILL at random moments of a run that does little but write checkpoints."""
     config = tiny_run(tmp_path, run__steps=40, evaluation__times=4, checkpoint__every_steps=1, checkpoint__keep=1)
-    started = time.monotonic()
     train(moved(config, tmp_path / "whole"))
-    seconds = time.monotonic() - started
     killed, moments = moved(config, tmp_path / "killed"), random.Random(5)
+    folder = RunFolder(killed.run.out, 1)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "megalodon_deploy.train.loop"])
-    kills = 0
-    for _ in range(12):
+    for _ in range(4):
         child = context.Process(target=run_in_child, args=(killed,))
         child.start()
-        child.join(moments.uniform(0.1, 0.6) * seconds)
-        if child.exitcode is not None:
-            break
+        wanted = max(folder.steps(), default=0) + moments.randint(1, 8)
+        while max(folder.steps(), default=0) < wanted:
+            assert child.exitcode is None, "the run ended before it was killed"
+            time.sleep(1e-3)
+        time.sleep(moments.uniform(0, 0.02))  # somewhere in the next steps and their checkpoints
         child.kill()
         child.join()
-        kills += 1
-        latest = killed.run.out / "latest"
-        if latest.exists():
-            assert all(torch.isfinite(tensor).all() for tensor in weights(latest).values())
+        assert all(torch.isfinite(tensor).all() for tensor in weights(killed.run.out / "latest").values())
+    assert max(folder.steps()) < 40
     train(killed, resume=True)
-    assert kills >= 2
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
     assert not [path for path in (killed.run.out / "checkpoints").iterdir() if path.name.startswith(".")]
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -69,28 +70,23 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path: Path, settings
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
-def run_in_child(config: TrainConfig) -> None:
-    train(config, resume=True)
-
-
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     """SIGKILL at random moments of a run that does little but write checkpoints."""
     config = tiny_run(tmp_path, run__steps=40, evaluation__times=4, checkpoint__every_steps=1, checkpoint__keep=1)
     train(moved(config, tmp_path / "whole"))
     killed, moments = moved(config, tmp_path / "killed"), random.Random(5)
-    folder = RunFolder(killed.run.out, 1)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "megalodon_deploy.train.loop"])
+    folder, file = RunFolder(killed.run.out, 1), tmp_path / "killed.toml"
+    file.write_text(killed.to_toml())
+    command = [sys.executable, "-m", "megalodon_deploy.cli", "train", str(file), "--resume"]
     for _ in range(4):
-        child = context.Process(target=run_in_child, args=(killed,))
-        child.start()
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wanted = max(folder.steps(), default=0) + moments.randint(1, 8)
         while max(folder.steps(), default=0) < wanted:
-            assert child.exitcode is None, "the run ended before it was killed"
+            assert child.poll() is None, "the run ended before it was killed"
             time.sleep(1e-3)
         time.sleep(moments.uniform(0, 0.02))  # somewhere in the next steps and their checkpoints
         child.kill()
-        child.join()
+        child.wait()
         assert all(torch.isfinite(tensor).all() for tensor in weights(killed.run.out / "latest").values())
     assert max(folder.steps()) < 40
     train(killed, resume=True)

@@ -47,17 +47,32 @@ def _linear(in_dim: int, out_dim: int, *, bias: bool) -> nn.Linear:
     return linear
 
 
+class QueriesAndKeys(nn.Module):
+    """From z to rotated queries and keys of all heads. It has no parameters: a module, so that hooks can act on it."""
+
+    def __init__(self, config: MegalodonConfig) -> None:
+        super().__init__()
+        self.heads = (config.num_heads, config.key_head_dim)
+        self.eps = config.norm_eps
+        self.normalizes = config.attention_norm
+
+    def forward(self, z_BTZ: Tensor, gamma_2Z: Tensor, beta_2Z: Tensor, rotation: Rotation) -> Tensor:
+        """[B, T, 2, H, dz]: queries, then keys."""
+        z_BTHd = z_BTZ.view(*z_BTZ.shape[:2], *self.heads)
+        if self.normalizes:
+            z_BTHd = rms_norm(z_BTHd, None, self.eps)
+        scale_2Hd = ((gamma_2Z + 1) / math.sqrt(self.heads[1])).view(2, *self.heads)
+        return rotation(torch.addcmul(beta_2Z.view(2, *self.heads), z_BTHd.unsqueeze(2), scale_2Hd))
+
+
 class GatedAttention(nn.Module):
     """The released `mega` part of a layer: x + attention."""
 
     def __init__(self, config: MegalodonConfig) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
-        self.key_head_dim = config.key_head_dim
-        self.eps = config.norm_eps
         self.kv_dtype = config.kv_dtype
         dim = config.model_dim
-        self.normalizes = config.attention_norm
+        self.queries_and_keys = QueriesAndKeys(config)
         self.timenorm = stream_norm(config)
         self.cema = None if config.ema == "none" else ComplexEMA(config)
         self.rmsnorm = RMSNorm(config)
@@ -69,25 +84,15 @@ class GatedAttention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(2, config.z_dim))
         self.beta = nn.Parameter(torch.zeros(2, config.z_dim))
 
-    def _queries_and_keys(self, m_BTD: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
-        """Rotated [B, H, T, dz] each."""
-        heads = (self.num_heads, self.key_head_dim)
-        z_BTHd = self.wz(m_BTD).view(*m_BTD.shape[:2], *heads)
-        if self.normalizes:
-            z_BTHd = rms_norm(z_BTHd, None, self.eps)
-        scale_2Hd = ((self.gamma + 1) / math.sqrt(self.key_head_dim)).view(2, *heads)
-        both = torch.addcmul(self.beta.view(2, *heads), z_BTHd.unsqueeze(2), scale_2Hd)
-        q_BTHd, k_BTHd = rotation(both).unbind(2)
-        return q_BTHd.transpose(1, 2), k_BTHd.transpose(1, 2)
-
     def forward(self, x_BTD: Tensor, past: LayerState, call: Call) -> tuple[Tensor, LayerState]:
         u_BTD, norm = self.timenorm(x_BTD, past.norm, call.position)
         averaged, cema = (u_BTD, past.cema) if self.cema is None else self.cema(u_BTD, past.cema, call.position)
         dtype = self.wv.weight.dtype
         u_BTD, m_BTD = u_BTD.to(dtype), self.rmsnorm(averaged).to(dtype)
-        q_BHTd, k_BHTd = self._queries_and_keys(m_BTD, call.rotation)
+        both_BT2Hd = self.queries_and_keys(self.wz(m_BTD), self.gamma, self.beta, call.rotation)
+        q_BHTd, k_BHTd = (x_BTHd.transpose(1, 2) for x_BTHd in both_BT2Hd.unbind(2))
         v_BTE = functional.silu(self.wv(u_BTD))
-        v_BHTe = v_BTE.view(*v_BTE.shape[:2], self.num_heads, -1).transpose(1, 2)
+        v_BHTe = v_BTE.view(*v_BTE.shape[:2], both_BT2Hd.shape[3], -1).transpose(1, 2)
         (k_BHTd, past_key), keys = self._kept(k_BHTd, past.key, past.key_scale)
         (v_BHTe, past_value), values = self._kept(v_BHTe, past.value, past.value_scale)
         attended = call.attend(q_BHTd, k_BHTd, v_BHTe, past_key, past_value).transpose(1, 2).flatten(2)

@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from train.training_helpers import tiny_run, weights
+from train.parallel_helpers import launch, losses, parallel_run, run_cli
+from train.training_helpers import weights
 
 from megalodon_deploy.errors import TrainError
-from megalodon_deploy.train import TrainConfig, train
+from megalodon_deploy.train import train
 from megalodon_deploy.train.checkpoints import RunFolder
-from megalodon_deploy.train.log import read_log
 from megalodon_deploy.train.parallel.plan import Layout
-
-
-def launch(num_processes: int, *command: str) -> subprocess.CompletedProcess[str]:
-    """Under torchrun, one thread each."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run([*torchrun, *command], capture_output=True, text=True, check=False, env=environment)
 
 
 @pytest.mark.parametrize("num_processes", [2, 4])
@@ -40,32 +29,6 @@ def test_chunk_parallel_gradients_are_those_of_one_process(num_processes: int, t
         assert set(errors[dtype]) == {"loss", "evaluation", "gradient", "state", "traffic"}
         for name, error in errors[dtype].items():
             assert error <= tolerance, f"{dtype} {name}: {error:.3g}"  # False for NaN
-
-
-def save(config: TrainConfig, path: Path) -> str:
-    path.write_text(config.to_toml())
-    return str(path)
-
-
-def run_cli(num_processes: int, config: TrainConfig, folder: Path, *options: str) -> None:
-    file = save(config, folder / f"run{num_processes}.toml")
-    done = launch(num_processes, "-m", "megalodon_deploy.cli", "train", file, *options)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("held-out loss") == 1
-
-
-def parallel_run(folder: Path, name: str, chunk: int, **settings: Any) -> TrainConfig:
-    shape = {"run__seq_len": 96, "run__steps": 6, "run__batch_size": 4, "evaluation__every_steps": 3}
-    config = tiny_run(folder, **{**shape, "data__rows": "streams", "parallel__chunk": chunk, **settings})
-    return TrainConfig.from_tables({**_tables(config), "run": {**_tables(config)["run"], "out": str(folder / name)}})
-
-
-def _tables(config: TrainConfig) -> dict[str, Any]:
-    return tomllib.loads(config.to_toml())
-
-
-def losses(path: Path) -> torch.Tensor:
-    return torch.tensor([float(row["loss"]) for row in read_log(path / "log.csv")], dtype=torch.float64)
 
 
 @pytest.mark.parametrize(("num_processes", "chunk"), [(2, 1), (2, 2), (4, 2)], ids=["data", "chunk", "data x chunk"])

@@ -1,0 +1,145 @@
+"""Run under torchrun: tensor-parallel loss, gradients and state against one process; writes the errors as JSON."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers import small_config
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megalodon_deploy.model.megalodon import Megalodon, ModelState
+from megalodon_deploy.train.objective import Objective
+from megalodon_deploy.train.parallel.chunk import ChunkParallel
+from megalodon_deploy.train.parallel.tensor import cut_state, join_state, parallelize, summed_bytes
+
+BATCH, VOCABULARY = 3, 40
+RESET_ROW = 1  # starts a new document with the second call
+
+
+class SummedBytes(TorchDispatchMode):
+    """Bytes of the tensors that go into all-reduces, and which collectives there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented
+        if func.namespace in ("c10d", "_c10d_functional"):
+            name = func.overloadpacket.__name__
+            self.names.add(name)
+            self.total += args[0].nbytes if name == "all_reduce" else 0
+        return func(*args, **(kwargs or {}))
+
+
+def make_model(dtype: torch.dtype, **shape: Any) -> Megalodon:
+    torch.manual_seed(0)
+    model = Megalodon(small_config(vocab_size=VOCABULARY, **shape)).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith(("bias", "beta", "gamma")):
+                parameter.normal_(std=0.3)
+    return model
+
+
+def second_call(objective: torch.nn.Module, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+    """Of two that split the tokens, the second going on from the first but in one row."""
+    position = state.position.clone()
+    position[RESET_ROW] = 0
+    loss, after = objective(tokens[:, :-1], tokens[:, 1:], None, ModelState(position, state.detach().tensors))
+    return loss, after
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    if expected.numel() == 0:
+        return 0.0 if found.shape == expected.shape else float("nan")
+    return float((found - expected).norm() / expected.norm())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def errors(dtype: torch.dtype, mesh: DeviceMesh, *, has_chunks: bool = False, **shape: Any) -> dict[str, float]:
+    """`mesh` has the axes chunk and tensor; without chunks, all ranks of the first compute the same."""
+    model = make_model(dtype, **shape)
+    config, ways = model.config, mesh["tensor"].size()
+    chunks = mesh["chunk"].size() if has_chunks else 1
+    length = 2 * chunks * config.chunk_size if chunks > 1 else 17
+    tokens = torch.randint(0, VOCABULARY, (BATCH, 2 * length + 1))
+    first, second = tokens[:, : length + 1], tokens[:, length:]
+
+    alone = Objective(copy.deepcopy(model), 1000)
+    loss, middle = alone(first[:, :-1], first[:, 1:])
+    loss.backward()
+    second_loss, state = second_call(alone, second, middle)
+    second_loss.backward()
+    with torch.no_grad():
+        evaluation = alone(first[:, :-1], first[:, 1:])[0]
+
+    parallelize(model, mesh["tensor"])
+    objective: torch.nn.Module = Objective(model, 1000)
+    if chunks > 1:
+        objective = ChunkParallel(objective, mesh.get_group("chunk"))
+    report = {}
+    with SummedBytes() as forward:
+        found, found_middle = objective(first[:, :-1], first[:, 1:], None, None)
+    with SummedBytes() as backward:
+        found.backward()
+    if chunks == 1:
+        assert forward.names | backward.names == {"all_reduce", "wait_tensor", "_wrap_tensor_autograd"}
+        claimed = summed_bytes(config, BATCH * length, dtype)
+        report["bytes"] = abs(forward.total - claimed[0]) + abs(backward.total - claimed[1])
+    found_second, found_state = second_call(objective, second, found_middle)
+    found_second.backward()
+    with torch.no_grad():
+        found_evaluation = objective(first[:, :-1], first[:, 1:])[0]
+
+    found = (found + found_second).detach()
+    gradients = {name: whole(p.grad) for name, p in model.named_parameters()}
+    if chunks > 1:
+        for tensor in (found, *gradients.values()):
+            dist.all_reduce(tensor, group=mesh.get_group("chunk"))
+    parts: list[ModelState] = [found_state] * ways
+    dist.all_gather_object(parts, found_state.detach(), group=mesh.get_group("tensor"))
+    joined = join_state(parts, config)
+    again = cut_state(joined, config, mesh["tensor"].get_local_rank(), ways)
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in found_state.tensors.items())
+    return report | {
+        "loss": relative(found, (loss + second_loss).detach()),
+        "evaluation": relative(found_evaluation, evaluation),
+        "gradient": max(relative(gradients[name], p.grad) for name, p in alone.model.named_parameters()),
+        "state": max(relative(joined.tensors[name], tensor) for name, tensor in state.tensors.items()),
+    }
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    four = init_device_mesh("cpu", (1, 4), mesh_dim_names=("chunk", "tensor"))
+    two = init_device_mesh("cpu", (2, 2), mesh_dim_names=("chunk", "tensor"))
+    report = {}
+    for dtype, heads in itertools.product((torch.float64, torch.float32), (1, 2, 4)):
+        shape = {"num_heads": heads, "swiglu": heads != 2, "share_emb": heads == 1}
+        report[f"{dtype} 4 ranks {heads} heads"] = errors(dtype, four, **shape)
+        report[f"{dtype} 2 ranks {heads} heads"] = errors(dtype, two, **shape)
+    for dtype in (torch.float64, torch.float32):
+        report[f"{dtype} 2 ranks with chunks"] = errors(dtype, two, has_chunks=True, rescale_nffn=True)
+    if dist.get_rank() == 0:
+        Path(sys.argv[1]).write_text(json.dumps(report))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

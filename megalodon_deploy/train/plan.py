@@ -6,6 +6,7 @@ distributed plans live in `train.parallel`.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 from megalodon_deploy.model.megalodon import Megalodon, ModelState
 from megalodon_deploy.train.objective import Objective
 
+Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, by the names of its own state
 
 
@@ -42,6 +44,10 @@ class Plan(Protocol):
     def prepare(self, objective: Objective) -> nn.Module:
         """The module whose forward the loop calls; parameters may be sharded from here on, and the optimiser is made
         of them afterwards."""
+        ...
+
+    def recomputation(self) -> Contexts:
+        """Contexts of a block's forward pass and of its recomputation; each pass of a block asks for its own."""
         ...
 
     def reduce_gradients(self, objective: nn.Module) -> None:
@@ -87,6 +93,9 @@ class OneProcess:
 
     def prepare(self, objective: Objective) -> nn.Module:
         return objective.to(self.device)
+
+    def recomputation(self) -> Contexts:
+        return nullcontext(), nullcontext()
 
     def reduce_gradients(self, objective: nn.Module) -> None:
         pass

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from megalodon_deploy.errors import TrainError
 from megalodon_deploy.model.checkpoint import load_checkpoint
 from megalodon_deploy.model.megalodon import Megalodon, ModelState
-from megalodon_deploy.train.config import Measurement, TrainConfig
+from megalodon_deploy.train.config import Measurement, RunConfig, TrainConfig
 from megalodon_deploy.train.data.rows import Batch, Part, evaluation_batches, open_rows
 from megalodon_deploy.train.objective import Objective
 from megalodon_deploy.train.plan import Plan, Snapshot
@@ -43,13 +43,15 @@ def build_model(config: TrainConfig) -> Megalodon:
     return model.train()
 
 
-def _prepare_blocks(model: Megalodon, config: TrainConfig) -> None:
+def prepare_blocks(model: Megalodon, run: RunConfig, plan: Plan) -> None:
     """Compile and recompute by block. Both replace `forward`, so that hooks on a block's call stay outside."""
     for layer in model.layers:
-        if config.run.compile:
+        if run.compile:
             layer.forward = torch.compile(layer.forward)
-        if config.run.checkpoint_activations:
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+        if run.checkpoint_activations:
+            layer.forward = functools.partial(
+                checkpoint, layer.forward, use_reentrant=False, context_fn=plan.recomputation
+            )
 
 
 class Trainer:
@@ -67,7 +69,7 @@ class Trainer:
         )
         self.bytes_per_token = held_out.bytes_per_token
         self.model = build_model(config)
-        _prepare_blocks(self.model, config)
+        prepare_blocks(self.model, run, plan)
         self.objective = plan.prepare(Objective(self.model, run.logits_at_once))
         settings = config.optimizer
         # Decay acts on every stored weight, as released: norm weights are stored minus one, so it pulls scales to 1.

@@ -10,21 +10,33 @@ Shapes: B rows, T tokens of a sequence, L = T/W of a rank, W ranks of the group.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.model.layers import ComplexEMA, TimestepNorm
 from megalodon_deploy.model.megalodon import Megalodon, ModelState
 from megalodon_deploy.train.objective import Objective
 from megalodon_deploy.train.parallel.collectives import Group, all_gather, take_part
 from megalodon_deploy.train.parallel.prefix import AveragePrefix, StatisticsPrefix
+from megalodon_deploy.train.plan import Contexts
 
 Inputs = tuple[Tensor, Tensor, Tensor]  # of both operators' modules: x [B, L, D], past, position [B]
+Hook = Callable[[nn.Module, Inputs], Inputs]
+
+
+@dataclass
+class _Pass:
+    """One forward pass over a sequence."""
+
+    length: int  # L
+    gathered: dict[str, Tensor] = field(default_factory=dict)  # summaries of all ranks, by past name
+    after: dict[str, Tensor] = field(default_factory=dict)  # the state behind the whole sequence, by past name
 
 
 class ChunkParallel(nn.Module):
@@ -34,33 +46,51 @@ class ChunkParallel(nn.Module):
         super().__init__()
         self.objective = objective
         self._group = group
-        self._length: int | None = None  # L, within `forward`
-        self._after: dict[str, Tensor] = {}  # the state behind the whole sequence, by past name
+        self._pass: _Pass | None = None  # within `forward`, and while a block of it is recomputed
         for name, module in recurrent_modules(objective.model).items():
             module.register_forward_pre_hook(self._enter(name))
 
-    def _enter(self, name: str) -> Callable[[nn.Module, Inputs], Inputs]:
+    def _enter(self, name: str) -> Hook:
         """Gives an operator the state that enters this rank's segment as its past."""
 
         def hook(module: nn.Module, inputs: Inputs) -> Inputs:
-            if self._length is None:
+            if (current := self._pass) is None:
                 return inputs  # the model is used by itself
             x_BLD, past, position_B = inputs
-            begin_B = position_B - self._group.rank() * self._length
+            begin_B = position_B - self._group.rank() * current.length
             if isinstance(module, ComplexEMA):
                 prefix: AveragePrefix | StatisticsPrefix = AveragePrefix(module, x_BLD, past, begin_B == 0)
             else:
                 assert isinstance(module, TimestepNorm), "Bug: only these two are recurrent"
                 prefix = StatisticsPrefix(module, x_BLD, past, begin_B)
-            entering, gathered = past, all_gather(prefix.summary, self._group)
+            gathered = all_gather(prefix.summary, self._group, current.gathered.get(name))
+            current.gathered[name] = gathered.detach()
+            entering = past
             for rank, summary in enumerate(gathered):
                 if rank == self._group.rank():
                     entering = prefix.past()
                 prefix.append(summary)
-            self._after[name] = prefix.past()
+            current.after[name] = prefix.past()
             return x_BLD, take_part(entering, gathered), position_B
 
-        return hook
+        untraced: Hook = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]  # as it has collectives
+        return untraced
+
+    @contextmanager
+    def _during(self, current: _Pass | None) -> Iterator[None]:
+        before, self._pass = self._pass, current
+        try:
+            yield
+        finally:
+            self._pass = before
+
+    def recomputation(self) -> Contexts:
+        """Contexts of a block's forward pass and of its recomputation in the backward pass, asked for by each block.
+
+        A recomputation takes the summaries that the forward pass gathered, and nothing is sent again. Autograd wants
+        all it kept of a block again in the same order, so this rank's summary is recomputed with the rest.
+        """
+        return nullcontext(), self._during(self._pass)
 
     def forward(
         self,
@@ -83,28 +113,17 @@ class ChunkParallel(nn.Module):
             found = "documents" if documents is not None else f"{tokens_BT.shape[1]} tokens"
             raise ValueError(f"chunk parallelism takes whole rows of {world_size} x {chunk_size} tokens, not {found}")
         state = state or model.initial_state(tokens_BT.shape[0])
-        self._length = tokens_BT.shape[1] // world_size
-        begin = self._group.rank() * self._length
-        own = slice(begin, begin + self._length)
-        try:
+        current = _Pass(tokens_BT.shape[1] // world_size)
+        begin = self._group.rank() * current.length
+        own = slice(begin, begin + current.length)
+        with self._during(current):
             loss, _ = self.objective(
                 tokens_BT[:, own], targets_BT[:, own], None, ModelState(state.position + begin, state.tensors)
             )
-        finally:
-            self._length = None
         if not torch.is_grad_enabled():
             dist.all_reduce(loss, group=self._group)
-        tensors = {name: self._after.get(name, past) for name, past in state.tensors.items()}
+        tensors = {name: current.after.get(name, past) for name, past in state.tensors.items()}
         return loss, ModelState(state.position + tokens_BT.shape[1], tensors)
-
-
-def summary_bytes(config: MegalodonConfig, batch: int, dtype: torch.dtype) -> int:
-    """Bytes that a rank receives from each other rank in a forward pass; twice as many in the backward pass.
-
-    A CEMA sends B x D x N complex numbers of `dtype`, a TimestepNorm B x G pairs of float64.
-    """
-    averages = config.num_layers * batch * config.model_dim * config.cema_ndim * 2 * dtype.itemsize
-    return averages + (config.num_layers + 1) * batch * config.norm_num_groups * 2 * torch.float64.itemsize
 
 
 def recurrent_modules(model: Megalodon) -> dict[str, nn.Module]:

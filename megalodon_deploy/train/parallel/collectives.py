@@ -1,4 +1,4 @@
-"""Collectives that gradients flow through, and how many bytes they move.
+"""Collectives that gradients flow through.
 
 W ranks of a group.
 """
@@ -14,21 +14,16 @@ from torch import distributed as dist
 Group = dist.ProcessGroup
 
 
-class Traffic:
-    """Bytes that this rank has received through the collectives below, for checks of what a mode claims."""
-
-    received = 0
-
-
 class _AllGather(torch.autograd.Function):
     """[...] on each rank -> [W, ...] on all. The gradient of a rank's part is the sum of what all ranks send back."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, group: Group, gathered: Tensor | None) -> Tensor:
         ctx.group = group
+        if gathered is not None:
+            return gathered.view_as(gathered)
         parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size())]
         dist.all_gather(parts, tensor.contiguous(), group=group)
-        Traffic.received += (group.size() - 1) * tensor.nbytes
         return torch.stack(parts)
 
     @staticmethod
@@ -36,14 +31,16 @@ class _AllGather(torch.autograd.Function):
         # An all-reduce, since gloo has no reduce-scatter of every type: twice the bytes, and few.
         total = grads[0].contiguous().clone()
         dist.all_reduce(total, group=ctx.group)
-        Traffic.received += 2 * (ctx.group.size() - 1) * total[0].nbytes  # of a ring
-        return total[ctx.group.rank()], None
+        return total[ctx.group.rank()], None, None
 
 
-def all_gather(tensor: Tensor, group: Group) -> Tensor:
-    """Every rank's `tensor`, [W, ...]; differentiable. Shapes and dtypes are the same on all ranks."""
-    gathered: Tensor = _AllGather.apply(tensor, group)  # type: ignore[no-untyped-call]
-    return gathered
+def all_gather(tensor: Tensor, group: Group, gathered: Tensor | None = None) -> Tensor:
+    """Every rank's `tensor`, [W, ...]; differentiable. Shapes and dtypes are the same on all ranks.
+
+    With `gathered`, the result of an earlier call, nothing is sent: a recomputation for the backward pass.
+    """
+    result: Tensor = _AllGather.apply(tensor, group, gathered)  # type: ignore[no-untyped-call]
+    return result
 
 
 class _TakePart(torch.autograd.Function):

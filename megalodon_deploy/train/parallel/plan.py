@@ -20,7 +20,7 @@ from megalodon_deploy.model.megalodon import Megalodon, ModelState
 from megalodon_deploy.train.config import TrainConfig
 from megalodon_deploy.train.objective import Objective
 from megalodon_deploy.train.parallel.chunk import ChunkParallel
-from megalodon_deploy.train.plan import OneProcess, Snapshot
+from megalodon_deploy.train.plan import Contexts, OneProcess, Snapshot
 
 DATA, CHUNK = "data", "chunk"
 
@@ -62,6 +62,7 @@ class Distributed(OneProcess):
         super().__init__(device)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.layout = layout
+        self._chunks: ChunkParallel | None = None
         self._mesh: DeviceMesh = init_device_mesh(
             device.type, (layout.data, layout.chunk), mesh_dim_names=(DATA, CHUNK)
         )
@@ -73,8 +74,11 @@ class Distributed(OneProcess):
     def prepare(self, objective: Objective) -> nn.Module:
         module: nn.Module = super().prepare(objective)
         if self.layout.chunk > 1:
-            module = ChunkParallel(objective, self._mesh.get_group(CHUNK))
+            module = self._chunks = ChunkParallel(objective, self._mesh.get_group(CHUNK))
         return DistributedDataParallel(module)
+
+    def recomputation(self) -> Contexts:
+        return self._chunks.recomputation() if self._chunks else super().recomputation()
 
     def reduce_gradients(self, objective: nn.Module) -> None:
         """What the backward pass has left is the mean over ranks."""

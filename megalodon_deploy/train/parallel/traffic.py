@@ -1,0 +1,38 @@
+"""Bytes that each mode moves: what a rank receives in the forward and backward pass of one micro-batch.
+
+A rank receives of a gather over W ranks W - 1 parts, and of a sum as many again, made as a ring: each part once to be
+added up and once as the sum. Weights are trained in float32, so are gradients.
+"""
+
+from __future__ import annotations
+
+import math
+
+from megalodon_deploy.config import MegalodonConfig
+from megalodon_deploy.parameters import ParameterSpec, parameter_specs
+
+_FLOAT32_BYTES, _FLOAT64_BYTES = 4, 8
+
+
+def replica_bytes(config: MegalodonConfig, world_size: int, itemsize: int = _FLOAT32_BYTES) -> float:
+    """Of whole weights on each rank: the gradients' sum."""
+    size_bytes = sum(math.prod(spec.shape) for spec in parameter_specs(config) if is_trained(config, spec)) * itemsize
+    return 2 * size_bytes * (world_size - 1) / world_size
+
+
+def chunk_bytes(config: MegalodonConfig, rows: int, world_size: int, itemsize: int = _FLOAT32_BYTES) -> int:
+    """Of sequences over `world_size` ranks: the operators' summaries, and in the backward pass the gradients' sum.
+
+    A CEMA sends B x D x N complex numbers for its rows, a TimestepNorm B x G pairs of float64; recomputation sends
+    nothing.
+    """
+    num_averages = 0 if config.ema == "none" else config.num_layers
+    num_norms = config.num_layers + 1 if config.stream_norm == "timestep" else 0
+    averages = num_averages * config.model_dim * config.cema_ndim * 2 * itemsize
+    norms = num_norms * config.norm_num_groups * 2 * _FLOAT64_BYTES
+    return (1 + 2) * (world_size - 1) * rows * (averages + norms)
+
+
+def is_trained(config: MegalodonConfig, spec: ParameterSpec) -> bool:
+    """A moving average that does not rotate keeps its angles."""
+    return config.ema == "complex" or not spec.name.endswith("cema.theta")

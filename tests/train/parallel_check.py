@@ -1,0 +1,173 @@
+"""Run under torchrun: losses, gradients and states of distributed plans against one process, as JSON of errors.
+
+Usage: parallel_check.py REPORT CASE...; the cases are those of `CASES`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers import small_config
+from torch import Tensor
+from torch import distributed as dist
+from train.traffic import Traffic
+
+from megalodon_deploy.model.megalodon import Megalodon, ModelState
+from megalodon_deploy.train.config import RunConfig
+from megalodon_deploy.train.objective import Objective
+from megalodon_deploy.train.parallel.plan import Distributed, Layout
+from megalodon_deploy.train.parallel.traffic import chunk_bytes, replica_bytes
+from megalodon_deploy.train.plan import OneProcess, Plan
+from megalodon_deploy.train.trainer import prepare_blocks
+
+BATCH = 4
+RESET_ROW = 1  # starts a new document with the second call
+
+
+@dataclass(frozen=True)
+class Case:
+    """A way of training; `tolerance` is relative, of float32 unless `dtype` says otherwise."""
+
+    chunk: int = 1
+    tolerance: float = 1e-5
+    dtype: torch.dtype = torch.float32
+    bfloat16: bool = False
+    recompute: bool = False
+    compile: bool = False
+    model: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def run(self) -> RunConfig:
+        return RunConfig(out=Path(), steps=1, compile=self.compile, checkpoint_activations=self.recompute)
+
+
+EXACT: dict[str, Any] = {"dtype": torch.float64, "tolerance": 1e-12}
+CASES = {
+    "data": Case(**EXACT),
+    "chunk": Case(chunk=2),
+    "chunk exact": Case(chunk=2, **EXACT),
+    "chunk recomputed": Case(chunk=2, recompute=True, **EXACT),
+    "chunk compiled": Case(chunk=2, compile=True, recompute=True),
+    "chunk bfloat16": Case(chunk=2, bfloat16=True, recompute=True, tolerance=2e-2),
+    "chunk real": Case(chunk=2, recompute=True, model={"ema": "real"}, **EXACT),
+    "chunk none": Case(chunk=2, recompute=True, model={"ema": "none"}, **EXACT),
+    "chunk layer": Case(chunk=2, recompute=True, model={"stream_norm": "layer"}, **EXACT),
+    "chunk without memory": Case(chunk=2, model={"ema": "none", "stream_norm": "layer"}, **EXACT),
+    "four chunks": Case(chunk=4, **EXACT),
+    "four chunks recomputed": Case(chunk=4, recompute=True),
+}
+
+
+def make_model(case: Case) -> Megalodon:
+    torch.manual_seed(0)
+    model = Megalodon(small_config(vocab_size=40, **case.model)).to(case.dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith(("bias", "beta", "gamma")):
+                parameter.normal_(std=0.3)
+    return model
+
+
+@dataclass
+class Outcome:
+    loss: Tensor
+    evaluation: Tensor
+    grads: dict[str, Tensor]
+    state: ModelState
+    received: dict[str, float]  # bytes of the two calls, by collective
+
+
+def two_calls(case: Case, plan: Plan, tokens: Tensor) -> Outcome:
+    """Two sequences whose gradients add up, the second going on from the first but in one row."""
+    model = make_model(case)
+    prepare_blocks(model, case.run, plan)
+    objective = plan.prepare(Objective(model, 1000))
+    rows, length = plan.rows(BATCH), tokens.shape[1] // 2
+    loss = torch.zeros((), dtype=torch.float64)
+    state: ModelState | None = None
+    traffic = Traffic()
+    fresh = torch.arange(BATCH)[rows] == RESET_ROW
+    for begin in (0, length):
+        part = slice(begin, begin + length)
+        if state is not None:
+            state = ModelState(state.position.masked_fill(fresh, 0), state.tensors)
+        with nullcontext() if case.compile else traffic:  # nothing is compiled under such a mode
+            with torch.autocast("cpu", torch.bfloat16, enabled=case.bfloat16):
+                value, state = objective(tokens[rows, part], tokens[rows, begin + 1 : begin + length + 1], None, state)
+            value.backward()
+        loss += value.detach()
+        state = state.detach()
+    plan.reduce_gradients(objective)
+    with torch.no_grad():
+        evaluation = objective(tokens[:, :length], tokens[:, 1 : length + 1])[0]
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert state is not None
+    return Outcome(plan.sum(loss), evaluation, grads, state, traffic.received)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def errors(case: Case) -> dict[str, float]:
+    """Relative errors over the tolerance."""
+    device = torch.device("cpu")
+    world_size = dist.get_world_size()
+    torch.manual_seed(1)
+    tokens = torch.randint(0, 40, (BATCH, 2 * 24 * case.chunk + 1))
+    expected = two_calls(case, OneProcess(device), tokens)
+    plan = Distributed(Layout(world_size // case.chunk, case.chunk), device)
+    found = two_calls(case, plan, tokens)
+    assert found.grads.keys() == expected.grads.keys()
+    rows = plan.rows(BATCH)
+    assert bool((found.state.position == expected.state.position[rows]).all())
+    recurrent = [name for name in expected.state.tensors if name.startswith(("past_cema", "past_norm"))]
+    moved = [name for name in recurrent if expected.state.tensors[name].any()]  # what the model does not use stays 0
+    states = [relative(found.state.tensors[name], expected.state.tensors[name][rows]) for name in moved]
+    received = sum(size for name, size in found.received.items() if name != "broadcast_")  # DDP's, once in a run
+    found_errors = {
+        "loss": relative(found.loss, expected.loss),
+        "evaluation": relative(found.evaluation, expected.evaluation),
+        "gradient": max(relative(found.grads[name], gradient) for name, gradient in expected.grads.items()),
+        "state": max(states, default=0.0),
+    }
+    scaled = {name: error / case.tolerance for name, error in found_errors.items()}
+    claimed = 0 if case.compile else 2 * claimed_bytes(case, rows.stop - rows.start)
+    return {**scaled, "bytes": abs(received - claimed)}
+
+
+def claimed_bytes(case: Case, rows: int) -> float:
+    """Of one call."""
+    config, itemsize = small_config(vocab_size=40, **case.model), case.dtype.itemsize
+    exchanged = chunk_bytes(config, rows, case.chunk, itemsize) if case.chunk > 1 else 0
+    return exchanged + replica_bytes(config, dist.get_world_size(), itemsize)
+
+
+def main(report: str, *names: str) -> None:
+    graphs: list[Any] = []
+
+    def tracer(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    torch.compile = functools.partial(torch.compile, backend=tracer)  # without the code generator, which takes minutes
+    dist.init_process_group("gloo")
+    found = {}
+    for name in names:
+        graphs.clear()
+        found[name] = errors(CASES[name])
+        assert bool(graphs) == CASES[name].compile
+    if dist.get_rank() == 0:
+        Path(report).write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,46 @@
+"""How many bytes a rank receives from the others: by every collective that PyTorch dispatches, whoever calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Traffic(TorchDispatchMode):
+    """Counts while it is entered, by operator; a sum over ranks is that of a ring, which receives each part twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.received: dict[str, float] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func.namespace == "c10d":
+            name = func._opname
+            size_bytes, repeats = _RECEIVED[name](args)
+            others = 1 - 1 / _group(args).size()
+            self.received[name] = self.received.get(name, 0) + repeats * size_bytes * others
+        return func(*args, **(kwargs or {}))
+
+
+def _group(args: Sequence[Any]) -> dist.ProcessGroup:
+    boxed = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()))
+    return dist.ProcessGroup.unbox(boxed)
+
+
+def _nbytes(tensors: Sequence[torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+_RECEIVED: dict[str, Callable[[Sequence[Any]], tuple[int, int]]] = {
+    "allreduce_": lambda args: (_nbytes(args[0]), 2),
+    "allgather_": lambda args: (_nbytes(args[0][0]), 1),
+    "_allgather_base_": lambda args: (args[0].nbytes, 1),
+    "broadcast_": lambda args: (_nbytes(args[0]), 1),
+    "_reduce_scatter_base_": lambda args: (args[1].nbytes, 1),
+}

@@ -137,6 +137,7 @@ class ParallelConfig(Section):
     """How the processes that torchrun starts share the work; those left over by other axes share the rows."""
 
     chunk: int = setting("processes that each hold a part of every sequence, cut at chunk edges", 1, least=1)
+    tensor: int = setting("processes that each hold a part of every layer's wide matrices", 1, least=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -132,16 +132,15 @@ class Session:
             self.log.close()
 
     def _write_log(self, *, evaluated: bool) -> None:
-        if self.log is None:
-            return
         trainer, settings = self.trainer, self.config.log
-        if evaluated or trainer.num_steps % settings.every_steps == 0:
+        if self.log and (evaluated or trainer.num_steps % settings.every_steps == 0):
             self.log.write(trainer.log_line())
-        if evaluated:
+        if self.log and evaluated:
             self.log.draw()
-            if settings.sample_tokens:
-                seed = self.config.run.seed + trainer.num_steps
-                text = sample_text(trainer.model, self.tokenizer, settings.sample_prompt, settings.sample_tokens, seed)
+        if evaluated and settings.sample_tokens:  # on every rank: none may have the whole model
+            seed = self.config.run.seed + trainer.num_steps
+            text = sample_text(trainer.model, self.tokenizer, settings.sample_prompt, settings.sample_tokens, seed)
+            if self.log:
                 self.log.sample(trainer.num_steps, text)
 
     def _save(self) -> None:

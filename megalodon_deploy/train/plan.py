@@ -50,6 +50,10 @@ class Plan(Protocol):
         """Contexts of a block's forward pass and of its recomputation; each pass of a block asks for its own."""
         ...
 
+    def parameter_groups(self, objective: nn.Module) -> list[list[nn.Parameter]]:
+        """Parameters that one operator of the optimiser can take together."""
+        ...
+
     def reduce_gradients(self, objective: nn.Module) -> None:
         """After the last backward pass of a step: every gradient becomes its sum over ranks."""
         ...
@@ -72,6 +76,10 @@ class Plan(Protocol):
 
     def restore(self, snapshot: Snapshot, model: Megalodon, optimizer: Optimizer, num_steps: int) -> None:
         """Put weights and moments back, as after `num_steps` steps; every rank has read the same snapshot."""
+        ...
+
+    def own_state(self, state: ModelState) -> ModelState:
+        """What this rank keeps of the state of whole rows."""
         ...
 
     def barrier(self) -> None:
@@ -97,6 +105,9 @@ class OneProcess:
     def recomputation(self) -> Contexts:
         return nullcontext(), nullcontext()
 
+    def parameter_groups(self, objective: nn.Module) -> list[list[nn.Parameter]]:
+        return [list(objective.parameters())]
+
     def reduce_gradients(self, objective: nn.Module) -> None:
         pass
 
@@ -112,34 +123,56 @@ class OneProcess:
     def capture(self, model: Megalodon, optimizer: Optimizer, state: ModelState | None) -> Snapshot | None:
         named = dict(model.named_parameters())
         moments = {
-            f"{moment}.{name}": _copy(optimizer.state[parameter][moment])
+            f"{moment}.{name}": self._copy(optimizer.state[parameter][moment])
             for name, parameter in named.items()
             for moment in MOMENTS
             if parameter in optimizer.state
         }
         stream = {} if state is None else {"position": state.position, **state.tensors}
         return Snapshot(
-            {name: _copy(parameter) for name, parameter in named.items()},
+            {name: self._copy(parameter) for name, parameter in named.items()},
             moments,
-            {name: _copy(tensor) for name, tensor in stream.items()},
+            {name: self._copy(tensor) for name, tensor in stream.items()},
         )
 
+    @torch.no_grad()
     def restore(self, snapshot: Snapshot, model: Megalodon, optimizer: Optimizer, num_steps: int) -> None:
-        model.load_state_dict(snapshot.weights)
-        if num_steps == 0:
-            return
         for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
+            parameter.copy_(self._part(snapshot.weights[name], parameter))
+            if num_steps == 0 or not parameter.requires_grad:
                 continue
             moments = {moment: snapshot.moments[f"{moment}.{name}"] for moment in MOMENTS}
             optimizer.state[parameter] = {
                 "step": torch.tensor(float(num_steps), device=parameter.device),
-                **{moment: tensor.to(parameter.device, copy=True) for moment, tensor in moments.items()},
+                **{moment: self._part(tensor, parameter).clone() for moment, tensor in moments.items()},
             }
+
+    def own_state(self, state: ModelState) -> ModelState:
+        return state
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        return self._whole(tensor.detach()).to("cpu", copy=True).contiguous()
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        """What all ranks together hold of a parameter or moment."""
+        return tensor
+
+    def _part(self, tensor: Tensor, like: Tensor) -> Tensor:
+        """What this rank holds of a whole tensor, as it does of `like`."""
+        return tensor.to(like.device)
 
     def barrier(self) -> None:
         pass
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
+def join_rows(states: list[ModelState]) -> ModelState:
+    """One state of all rows; key/value memory is filled up with zeros to the longest."""
+    names = list(states[0].tensors)
+    most = {name: max(state.tensors[name].shape[2] for state in states) for name in names if "_norm" not in name}
+    tensors = {}
+    for name in names:
+        parts = [state.tensors[name] for state in states]
+        if name.startswith(("past_key.", "past_value.")):
+            parts = [torch.nn.functional.pad(part, (0, 0, 0, most[name] - part.shape[2])) for part in parts]
+        tensors[name] = torch.cat(parts)
+    return ModelState(torch.cat([state.position for state in states]), tensors)

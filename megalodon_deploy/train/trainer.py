@@ -24,7 +24,7 @@ from megalodon_deploy.model.megalodon import Megalodon, ModelState
 from megalodon_deploy.train.config import Measurement, RunConfig, TrainConfig
 from megalodon_deploy.train.data.rows import Batch, Part, evaluation_batches, open_rows
 from megalodon_deploy.train.objective import Objective
-from megalodon_deploy.train.plan import Plan, Snapshot
+from megalodon_deploy.train.plan import Plan, Snapshot, join_rows
 from megalodon_deploy.train.schedule import learning_rate, run_fraction
 from megalodon_deploy.train.speed import flops_per_token, peak_flops
 
@@ -74,7 +74,7 @@ class Trainer:
         settings = config.optimizer
         # Decay acts on every stored weight, as released: norm weights are stored minus one, so it pulls scales to 1.
         self.optimizer = torch.optim.AdamW(
-            self.objective.parameters(),
+            [{"params": group} for group in plan.parameter_groups(self.objective)],
             betas=settings.betas,
             eps=settings.epsilon,
             weight_decay=settings.weight_decay,
@@ -284,17 +284,4 @@ class Trainer:
             rows = slice(self.mine.start + begin, self.mine.start + end)
             tensors = {name: tensor[rows].to(self.plan.device) for name, tensor in stream.items()}
             position = tensors.pop("position")
-            self.states[index] = ModelState(position, tensors)
-
-
-def join_rows(states: list[ModelState]) -> ModelState:
-    """One state of all rows; key/value memory is filled up with zeros to the longest."""
-    names = list(states[0].tensors)
-    most = {name: max(state.tensors[name].shape[2] for state in states) for name in names if "_norm" not in name}
-    tensors = {}
-    for name in names:
-        parts = [state.tensors[name] for state in states]
-        if name.startswith(("past_key.", "past_value.")):
-            parts = [torch.nn.functional.pad(part, (0, 0, 0, most[name] - part.shape[2])) for part in parts]
-        tensors[name] = torch.cat(parts)
-    return ModelState(torch.cat([state.position for state in states]), tensors)
+            self.states[index] = self.plan.own_state(ModelState(position, tensors))

@@ -1,7 +1,8 @@
-"""The plan of a run on several processes: rows over `data` ranks, sequences over `chunk` ranks.
+"""The plan of a run on several processes: rows over `data` ranks, sequences over `chunk` ranks, layers over `tensor`.
 
-PyTorch's DistributedDataParallel sums the gradients over all of them. Ranks with the same place on the `data` axis
-compute parts of the same rows; the `chunk` axis is the inner one, so its ranks are neighbours on a machine.
+Ranks with the same place on the `data` axis compute parts of the same rows; `tensor` is the inner axis, then `chunk`:
+those that exchange most are neighbours on a machine. Gradients are summed over data and chunk ranks: by PyTorch's
+DistributedDataParallel during the backward pass, or after it where ranks hold parts of the weights.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from megalodon_deploy.model.megalodon import Megalodon, ModelState
 from megalodon_deploy.train.config import TrainConfig
 from megalodon_deploy.train.objective import Objective
 from megalodon_deploy.train.parallel.chunk import ChunkParallel
-from megalodon_deploy.train.plan import Contexts, OneProcess, Snapshot
+from megalodon_deploy.train.parallel.dtensors import by_kind, clip_gradients, local, part_of, whole
+from megalodon_deploy.train.parallel.tensor import cut_state, join_state, parallelize, supported_ways
+from megalodon_deploy.train.plan import Contexts, OneProcess, Snapshot, join_rows
 
-DATA, CHUNK = "data", "chunk"
+DATA, CHUNK, TENSOR = "data", "chunk", "tensor"
 
 
 @dataclass(frozen=True)
@@ -31,17 +34,29 @@ class Layout:
 
     data: int
     chunk: int
+    tensor: int = 1
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that compute gradients of the same weights."""
+        return self.data * self.chunk
 
     @classmethod
     def of(cls, config: TrainConfig, world_size: int) -> Layout:
         """Raises `TrainError` when the run does not fit on `world_size` ranks."""
-        chunk = config.parallel.chunk
-        if world_size % chunk:
+        chunk, tensor = config.parallel.chunk, config.parallel.tensor
+        if world_size % (chunk * tensor):
+            asked = " x ".join(f"parallel.{name} = {n}" for name, n in ((CHUNK, chunk), (TENSOR, tensor)) if n > 1)
             raise TrainError(
-                f"parallel.chunk = {chunk} does not divide the number of processes, {world_size}; "
+                f"{asked} does not divide the number of processes, {world_size}; "
                 "start more: torchrun --nproc-per-node N -m megalodon_deploy.cli train ..."
             )
-        data, run = world_size // chunk, config.run
+        if tensor not in (ways := supported_ways(config.model)):
+            raise TrainError(
+                f"parallel.tensor = {tensor} does not cut this model's heads, value_dim and ffn_hidden_dim evenly; "
+                f"these do: {', '.join(map(str, ways))}"
+            )
+        data, run = world_size // (chunk * tensor), config.run
         if run.batch_size % data:
             raise TrainError(f"run.batch_size = {run.batch_size} is not a multiple of {data} data-parallel processes")
         if run.minutes is not None and world_size > 1:
@@ -52,7 +67,7 @@ class Layout:
                 f"parallel.chunk = {chunk} needs data.rows = windows or streams and a run.seq_len that is a multiple "
                 f"of {segment}; found {config.data.rows}, {run.seq_len}"
             )
-        return cls(data, chunk)
+        return cls(data, chunk, tensor)
 
 
 class Distributed(OneProcess):
@@ -63,9 +78,10 @@ class Distributed(OneProcess):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.layout = layout
         self._chunks: ChunkParallel | None = None
-        self._mesh: DeviceMesh = init_device_mesh(
-            device.type, (layout.data, layout.chunk), mesh_dim_names=(DATA, CHUNK)
-        )
+        shape = (layout.data, layout.chunk, layout.tensor)
+        self._mesh: DeviceMesh = init_device_mesh(device.type, shape, mesh_dim_names=(DATA, CHUNK, TENSOR))
+        replicas = init_device_mesh(device.type, (layout.replicas, layout.tensor), mesh_dim_names=("replicas", TENSOR))
+        self._replicas = replicas.get_group("replicas")
 
     def rows(self, batch_size: int) -> slice:
         count, place = batch_size // self.layout.data, self._mesh.get_local_rank(DATA)
@@ -73,40 +89,64 @@ class Distributed(OneProcess):
 
     def prepare(self, objective: Objective) -> nn.Module:
         module: nn.Module = super().prepare(objective)
+        self._config = objective.model.config
+        if self.layout.tensor > 1:
+            parallelize(objective.model, self._mesh[TENSOR])
         if self.layout.chunk > 1:
             module = self._chunks = ChunkParallel(objective, self._mesh.get_group(CHUNK))
-        return DistributedDataParallel(module)
+        return module if self.layout.tensor > 1 else DistributedDataParallel(module)
+
+    def parameter_groups(self, objective: nn.Module) -> list[list[nn.Parameter]]:
+        return by_kind(objective.parameters())
 
     def recomputation(self) -> Contexts:
         return self._chunks.recomputation() if self._chunks else super().recomputation()
 
     def reduce_gradients(self, objective: nn.Module) -> None:
-        """What the backward pass has left is the mean over ranks."""
-        for parameter in objective.parameters():
-            if parameter.grad is not None:
-                parameter.grad *= self.world_size
+        gradients = [local(parameter.grad) for parameter in objective.parameters() if parameter.grad is not None]
+        if isinstance(objective, DistributedDataParallel):  # the backward pass has left the mean over ranks
+            for gradient in gradients:
+                gradient *= self.world_size
+        elif self.layout.replicas > 1:
+            for work in [dist.all_reduce(gradient, group=self._replicas, async_op=True) for gradient in gradients]:
+                work.wait()
+
+    def clip_gradients(self, objective: nn.Module, max_norm: float) -> Tensor:
+        return clip_gradients(objective.parameters(), max_norm)
 
     def sum(self, value: Tensor) -> Tensor:
         total = value.clone()
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self._replicas)
         return total
 
     def any(self, flag: bool) -> bool:
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)))
+        total = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(total)
+        return bool(total)
 
     def capture(self, model: Megalodon, optimizer: Optimizer, state: ModelState | None) -> Snapshot | None:
         if state is not None:
-            state = self._all_rows(state)
-        return super().capture(model, optimizer, state) if self.rank == 0 else None
+            state = join_state(self._gathered(state, TENSOR), self._config)
+            state = join_rows(self._gathered(state, DATA))
+        snapshot = super().capture(model, optimizer, state)
+        return snapshot if self.rank == 0 else None
 
-    def _all_rows(self, state: ModelState) -> ModelState:
+    def _gathered(self, state: ModelState, axis: str) -> list[ModelState]:
         """As Python objects: key/value memory may have a different length on each rank."""
-        from megalodon_deploy.train.trainer import join_rows
-
-        group = self._mesh.get_group(DATA)
+        group = self._mesh.get_group(axis)
         parts: list[ModelState] = [state] * group.size()
         dist.all_gather_object(parts, ModelState(state.position, state.tensors), group=group)
-        return join_rows(parts)
+        return parts
+
+    def own_state(self, state: ModelState) -> ModelState:
+        return cut_state(state, self._config, self._mesh.get_local_rank(TENSOR), self.layout.tensor)
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        full = whole(tensor)
+        return full if self.rank == 0 else full.new_empty(0)  # no rank but the first keeps a copy
+
+    def _part(self, tensor: Tensor, like: Tensor) -> Tensor:
+        return part_of(tensor, like)
 
     def barrier(self) -> None:
         dist.barrier()

@@ -14,34 +14,17 @@ from helpers import small_config
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from train.traffic import Traffic
 
 from megalodon_deploy.model.megalodon import Megalodon, ModelState
 from megalodon_deploy.train.objective import Objective
 from megalodon_deploy.train.parallel.chunk import ChunkParallel
-from megalodon_deploy.train.parallel.tensor import cut_state, join_state, parallelize, summed_bytes
+from megalodon_deploy.train.parallel.dtensors import whole
+from megalodon_deploy.train.parallel.tensor import cut_state, join_state, parallelize
+from megalodon_deploy.train.parallel.traffic import chunk_bytes, tensor_bytes
 
 BATCH, VOCABULARY = 3, 40
 RESET_ROW = 1  # starts a new document with the second call
-
-
-class SummedBytes(TorchDispatchMode):
-    """Bytes of the tensors that go into all-reduces, and which collectives there were."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if DTensor in types:
-            return NotImplemented
-        if func.namespace in ("c10d", "_c10d_functional"):
-            name = func.overloadpacket.__name__
-            self.names.add(name)
-            self.total += args[0].nbytes if name == "all_reduce" else 0
-        return func(*args, **(kwargs or {}))
 
 
 def make_model(dtype: torch.dtype, **shape: Any) -> Megalodon:
@@ -68,10 +51,6 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def errors(dtype: torch.dtype, mesh: DeviceMesh, *, has_chunks: bool = False, **shape: Any) -> dict[str, float]:
     """`mesh` has the axes chunk and tensor; without chunks, all ranks of the first compute the same."""
     model = make_model(dtype, **shape)
@@ -93,15 +72,12 @@ def errors(dtype: torch.dtype, mesh: DeviceMesh, *, has_chunks: bool = False, **
     objective: torch.nn.Module = Objective(model, 1000)
     if chunks > 1:
         objective = ChunkParallel(objective, mesh.get_group("chunk"))
-    report = {}
-    with SummedBytes() as forward:
+    with Traffic() as traffic:
         found, found_middle = objective(first[:, :-1], first[:, 1:], None, None)
-    with SummedBytes() as backward:
         found.backward()
-    if chunks == 1:
-        assert forward.names | backward.names == {"all_reduce", "wait_tensor", "_wrap_tensor_autograd"}
-        claimed = summed_bytes(config, BATCH * length, dtype)
-        report["bytes"] = abs(forward.total - claimed[0]) + abs(backward.total - claimed[1])
+    claimed = tensor_bytes(config, BATCH * length // chunks, ways, dtype.itemsize)
+    if chunks > 1:
+        claimed += chunk_bytes(config, BATCH, chunks, dtype.itemsize)
     found_second, found_state = second_call(objective, second, found_middle)
     found_second.backward()
     with torch.no_grad():
@@ -117,7 +93,8 @@ def errors(dtype: torch.dtype, mesh: DeviceMesh, *, has_chunks: bool = False, **
     joined = join_state(parts, config)
     again = cut_state(joined, config, mesh["tensor"].get_local_rank(), ways)
     assert all(torch.equal(again.tensors[name], tensor) for name, tensor in found_state.tensors.items())
-    return report | {
+    return {
+        "bytes": abs(sum(traffic.received.values()) - claimed),
         "loss": relative(found, (loss + second_loss).detach()),
         "evaluation": relative(found_evaluation, evaluation),
         "gradient": max(relative(gradients[name], p.grad) for name, p in alone.model.named_parameters()),

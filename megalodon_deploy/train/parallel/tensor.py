@@ -133,13 +133,3 @@ def _to_heads(values_BSE: Tensor, num_heads: int) -> Tensor:
     """[B, H, S, e]."""
     batch, num_rows, width = values_BSE.shape
     return values_BSE.reshape(batch, num_rows, num_heads, width // num_heads).transpose(1, 2)
-
-
-def summed_bytes(config: MegalodonConfig, num_tokens: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes of the tensors that ranks sum for so many tokens, in a forward and in a backward pass.
-
-    A ring moves 2 (W - 1) / W times that through each rank.
-    """
-    wide = num_tokens * config.model_dim * dtype.itemsize
-    queries_and_keys = 2 * num_tokens * config.z_dim * dtype.itemsize
-    return config.num_layers * 2 * wide, config.num_layers * (3 * wide + queries_and_keys)

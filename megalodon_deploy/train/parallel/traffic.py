@@ -33,6 +33,13 @@ def chunk_bytes(config: MegalodonConfig, rows: int, world_size: int, itemsize: i
     return (1 + 2) * (world_size - 1) * rows * (averages + norms)
 
 
+def tensor_bytes(config: MegalodonConfig, num_tokens: int, world_size: int, itemsize: int = _FLOAT32_BYTES) -> float:
+    """Of layers over `world_size` ranks: sums of [tokens, D], two forward and three backward, and of the gradients of
+    queries and keys. Recomputation repeats those of the forward pass."""
+    channels = (2 + 3) * config.model_dim + 2 * config.z_dim
+    return 2 * config.num_layers * num_tokens * channels * itemsize * (world_size - 1) / world_size
+
+
 def is_trained(config: MegalodonConfig, spec: ParameterSpec) -> bool:
     """A moving average that does not rotate keeps its angles."""
     return config.ema == "complex" or not spec.name.endswith("cema.theta")

@@ -1,7 +1,4 @@
-#include <cmath>
-#include <stdexcept>
-
-#include "common/plugin.h"
+#include "common/normalising_plugin.h"
 #include "megalodon/megalodon.h"
 #include "megalodon/state_layout.h"
 
@@ -29,9 +26,9 @@ Signature signature() {
     return {std::move(inputs), {kX, kPastNorm, kX, kPastEma}};
 }
 
-class NormEmaPlugin final : public OperatorPlugin {
+class NormEmaPlugin final : public NormalisingPlugin {
  public:
-    explicit NormEmaPlugin(float epsilon) : OperatorPlugin(kTimestepNormComplexEma, signature()), epsilon_(epsilon) {}
+    explicit NormEmaPlugin(float epsilon) : NormalisingPlugin(kTimestepNormComplexEma, signature(), epsilon) {}
 
     nvinfer1::IPluginV3* clone() noexcept override { return copy_of(*this); }
 
@@ -45,40 +42,18 @@ class NormEmaPlugin final : public OperatorPlugin {
         const Sizes& sizes = call.sizes;
         return mgd_timestep_norm_complex_ema(
             call.dtype(kX), sizes['B'], sizes['T'], sizes['D'], sizes['G'], sizes['N'], call.inputs[kX],
-            call.float32(kPastNorm), call.int64(kPosition), call.float32(kWeight), call.float32(kBias), epsilon_,
+            call.float32(kPastNorm), call.int64(kPosition), call.float32(kWeight), call.float32(kBias), epsilon(),
             call.float32(kPastEma), call.float32(kP), call.float32(kQPowers), call.float32(kGamma),
             call.float32(kOmega), call.outputs[kU], static_cast<float*>(call.outputs[kPresentNorm]), call.outputs[kY],
             static_cast<float*>(call.outputs[kPresentEma]), call.workspace, workspace_bytes(sizes), call.stream);
-    }
-
-    std::vector<nvinfer1::PluginField> fields() const override {
-        return {{kEpsilon, &epsilon_, nvinfer1::PluginFieldType::kFLOAT32, 1}};
-    }
-
- private:
-    float epsilon_;
-};
-
-class NormEmaCreator final : public OperatorCreator {
- public:
-    NormEmaCreator()
-        : OperatorCreator(kTimestepNormComplexEma, {{kEpsilon, nullptr, nvinfer1::PluginFieldType::kFLOAT32, 1}}) {}
-
- protected:
-    nvinfer1::IPluginV3* create(const nvinfer1::PluginFieldCollection& fields) const override {
-        const float epsilon =
-            fields.nbFields == 0 ? kDefaultEpsilon : *static_cast<const float*>(fields.fields[0].data);
-        if (!std::isfinite(epsilon) || epsilon <= 0) {
-            throw std::invalid_argument("field epsilon is " + std::to_string(epsilon) + ", expected a positive number");
-        }
-        return new NormEmaPlugin(epsilon);
     }
 };
 
 }  // namespace
 
 OperatorCreator& norm_ema_creator() {
-    static auto* creator = new NormEmaCreator();  // never destroyed: TensorRT's registry may look at it later
+    // Never destroyed: TensorRT's registry may look at it later.
+    static auto* creator = new NormalisingCreator<NormEmaPlugin>(kTimestepNormComplexEma);
     return *creator;
 }
 

@@ -1,7 +1,4 @@
-#include <cmath>
-#include <stdexcept>
-
-#include "common/plugin.h"
+#include "common/normalising_plugin.h"
 #include "megalodon/megalodon.h"
 #include "megalodon/state_layout.h"
 
@@ -24,9 +21,9 @@ Signature signature() {
     return {std::move(inputs), {kX, kPast}};
 }
 
-class TimestepNormPlugin final : public OperatorPlugin {
+class TimestepNormPlugin final : public NormalisingPlugin {
  public:
-    explicit TimestepNormPlugin(float epsilon) : OperatorPlugin(kTimestepNorm, signature()), epsilon_(epsilon) {}
+    explicit TimestepNormPlugin(float epsilon) : NormalisingPlugin(kTimestepNorm, signature(), epsilon) {}
 
     nvinfer1::IPluginV3* clone() noexcept override { return copy_of(*this); }
 
@@ -40,38 +37,16 @@ class TimestepNormPlugin final : public OperatorPlugin {
         // TensorRT has granted getWorkspaceSize's answer for the largest call of the profile, which no call exceeds.
         return mgd_timestep_norm(call.dtype(kX), sizes['B'], sizes['T'], sizes['D'], sizes['G'], call.inputs[kX],
                                  call.float32(kPast), call.int64(kPosition), call.float32(kWeight), call.float32(kBias),
-                                 epsilon_, nullptr, call.outputs[kY], static_cast<float*>(call.outputs[kPresent]),
+                                 epsilon(), nullptr, call.outputs[kY], static_cast<float*>(call.outputs[kPresent]),
                                  call.workspace, workspace_bytes(sizes), call.stream);
-    }
-
-    std::vector<nvinfer1::PluginField> fields() const override {
-        return {{kEpsilon, &epsilon_, nvinfer1::PluginFieldType::kFLOAT32, 1}};
-    }
-
- private:
-    float epsilon_;
-};
-
-class TimestepNormCreator final : public OperatorCreator {
- public:
-    TimestepNormCreator()
-        : OperatorCreator(kTimestepNorm, {{kEpsilon, nullptr, nvinfer1::PluginFieldType::kFLOAT32, 1}}) {}
-
- protected:
-    nvinfer1::IPluginV3* create(const nvinfer1::PluginFieldCollection& fields) const override {
-        const float epsilon =
-            fields.nbFields == 0 ? kDefaultEpsilon : *static_cast<const float*>(fields.fields[0].data);
-        if (!std::isfinite(epsilon) || epsilon <= 0) {
-            throw std::invalid_argument("field epsilon is " + std::to_string(epsilon) + ", expected a positive number");
-        }
-        return new TimestepNormPlugin(epsilon);
     }
 };
 
 }  // namespace
 
 OperatorCreator& timestep_norm_creator() {
-    static auto* creator = new TimestepNormCreator();  // never destroyed: TensorRT's registry may look at it later
+    // Never destroyed: TensorRT's registry may look at it later.
+    static auto* creator = new NormalisingCreator<TimestepNormPlugin>(kTimestepNorm);
     return *creator;
 }
 

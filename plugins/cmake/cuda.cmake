@@ -35,5 +35,6 @@ set_target_properties(megalodon_register PROPERTIES BUILD_RPATH "$ORIGIN" INSTAL
 include(GNUInstallDirs)
 install(TARGETS megalodon EXPORT megalodonConfig LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
 install(TARGETS megalodon_register LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
-install(DIRECTORY include/megalodon DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
+install(DIRECTORY include/megalodon DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}
+    PATTERN onnxruntime_api.h EXCLUDE) # for our own libraries
 install(EXPORT megalodonConfig NAMESPACE megalodon:: DESTINATION ${CMAKE_INSTALL_LIBDIR}/cmake/megalodon)

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "onnxruntime/ort_abi.h"
+#include "megalodon/onnxruntime_api.h"
 
 namespace megalodon::ort {
 
@@ -30,25 +30,25 @@ class Call {
 
     Tensor input(size_t index) const {
         const Value* value = nullptr;
-        check(api_.input(context_, index, &value));
+        check(api_.call<GetInput>(context_, index, &value));
         TensorInfo* info = nullptr;
-        check(api_.tensor_info(value, &info));
+        check(api_.call<GetTensorInfo>(value, &info));
         size_t rank = 0;
-        check(api_.num_dimensions(info, &rank));
+        check(api_.call<GetNumDimensions>(info, &rank));
         Tensor tensor{std::vector<int64_t>(rank), nullptr};
-        check(api_.dimensions(info, tensor.shape.data(), rank));
-        api_.release_tensor_info(info);
+        check(api_.call<GetDimensions>(info, tensor.shape.data(), rank));
+        api_.call<ReleaseTensorInfo>(info);
         void* data = nullptr;
-        check(api_.tensor_data(const_cast<Value*>(value), &data));
+        check(api_.call<GetTensorData>(const_cast<Value*>(value), &data));
         tensor.data = data;
         return tensor;
     }
 
     float* output(size_t index, const std::vector<int64_t>& shape) const {
         Value* value = nullptr;
-        check(api_.output(context_, index, shape.data(), shape.size(), &value));
+        check(api_.call<GetOutput>(context_, index, shape.data(), shape.size(), &value));
         void* data = nullptr;
-        check(api_.tensor_data(value, &data));
+        check(api_.call<GetTensorData>(value, &data));
         return static_cast<float*>(data);
     }
 
@@ -61,7 +61,7 @@ class Call {
             const Work& work;
             int64_t total, num_parts;
         } share{work, total, num_parts};
-        check(api_.parallel_for(
+        check(api_.call<ParallelFor>(
             context_,
             [](void* data, size_t part) {
                 const auto& all = *static_cast<Share*>(data);
@@ -79,12 +79,12 @@ class Call {
  private:
     void check(Status* status) const {
         if (!status) return;
-        const std::string message = api_.error_message(status);
-        api_.release_status(status);
+        const std::string message = api_.call<GetErrorMessage>(status);
+        api_.call<ReleaseStatus>(status);
         throw std::runtime_error(message);
     }
 
-    const Api& api_;
+    Api api_;
     KernelContext* context_;
 };
 

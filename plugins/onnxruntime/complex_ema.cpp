@@ -67,7 +67,7 @@ void complex_ema(const Call& call) {
                  powers = call.input(4), gamma = call.input(5), omega = call.input(6);
     Call::require(x.shape.size() == 3 && past.shape.size() == 4, "x [B, T, D] and past [B, D, N, 2]");
     const int64_t B = x.shape[0], T = x.shape[1], D = x.shape[2], N = past.shape[2];
-    Call::require(T > 0 && past.size() == 2 * B * D * N && position.size() == B && p.size() == D * N &&
+    Call::require(T > 0 && N > 0 && past.size() == 2 * B * D * N && position.size() == B && p.size() == D * N &&
                       powers.size() >= 2 * D * N && gamma.size() == 2 * D * N && omega.size() == D,
                   "coefficients of D channels and N modes");
     float* y = call.output(0, x.shape);

@@ -12,14 +12,16 @@ namespace {
 constexpr size_t kPositionInput = 2;  // of both operators
 
 struct Kernel {
-    const Api& api;
+    Api api;
     float epsilon;
 };
 
-Status* create_kernel(const CustomOperator*, const Api* api, const KernelInfo* info, void** out) {
-    auto* kernel = new (std::nothrow) Kernel{*api, kDefaultEpsilon};
-    if (!kernel) return api->create_status(kFail, "megalodon operator: out of memory");
-    if (Status* missing = api->float_attribute(info, kEpsilon, &kernel->epsilon)) api->release_status(missing);
+Status* create_kernel(const CustomOperator*, const void* table, const KernelInfo* info, void** out) {
+    const Api api(table);
+    auto* kernel = new (std::nothrow) Kernel{api, kDefaultEpsilon};
+    if (!kernel) return api.call<CreateStatus>(kFail, "megalodon operator: out of memory");
+    Status* missing = api.call<GetFloatAttribute>(info, kEpsilon, &kernel->epsilon);
+    if (missing) api.call<ReleaseStatus>(missing);
     *out = kernel;
     return nullptr;
 }
@@ -32,7 +34,7 @@ Status* guarded(void* data, KernelContext* context, const Compute& compute) {
         compute(Call(kernel.api, context), kernel);
         return nullptr;
     } catch (const std::exception& error) {
-        return kernel.api.create_status(kFail, error.what());
+        return kernel.api.call<CreateStatus>(kFail, error.what());
     }
 }
 
@@ -41,8 +43,10 @@ CustomOperator common_operator() {
     op.create_kernel = create_kernel;
     op.destroy_kernel = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
     op.execution_provider = [](const CustomOperator*) -> const char* { return nullptr; };  // the CPU
-    op.input_type = [](const CustomOperator*, size_t index) { return index == kPositionInput ? kInt64 : kFloat; };
-    op.output_type = [](const CustomOperator*, size_t) { return kFloat; };
+    op.input_type = [](const CustomOperator*, size_t index) -> int32_t {
+        return index == kPositionInput ? kInt64 : kFloat;
+    };
+    op.output_type = [](const CustomOperator*, size_t) -> int32_t { return kFloat; };
     op.num_outputs = [](const CustomOperator*) -> size_t { return 2; };
     op.input_characteristic = op.output_characteristic = [](const CustomOperator*, size_t) { return 0; };  // required
     op.input_memory_type = [](const CustomOperator*, size_t) { return 0; };
@@ -77,13 +81,17 @@ CustomOperator timestep_norm_operator() {
 extern "C" __attribute__((visibility("default"))) megalodon::ort::Status* RegisterCustomOps(
     megalodon::ort::SessionOptions* options, const megalodon::ort::ApiBase* base) {
     using namespace megalodon::ort;
-    const Api* api = base->api(kApiVersion);
-    if (!api) return base->api(1)->create_status(kFail, "megalodon operators: ONNX Runtime 1.18 or later is needed");
+    const void* table = base->get_api(kOperatorsVersion);
+    if (!table) {
+        const Api oldest(base->get_api(kFirstVersion));
+        return oldest.call<CreateStatus>(kFail, "megalodon operators: ONNX Runtime 1.18 or later is needed");
+    }
+    const Api api(table);
     CustomOpDomain* domain = nullptr;
-    if (Status* status = api->create_custom_op_domain(megalodon::kOperatorDomain, &domain)) return status;
+    if (Status* status = api.call<CreateCustomOpDomain>(megalodon::kOperatorDomain, &domain)) return status;
     static const CustomOperator operators[] = {complex_ema_operator(), timestep_norm_operator()};
     for (const CustomOperator& op : operators) {
-        if (Status* status = api->custom_op_domain_add(domain, &op)) return status;
+        if (Status* status = api.call<CustomOpDomainAdd>(domain, &op)) return status;
     }
-    return api->add_custom_op_domain(options, domain);
+    return api.call<AddCustomOpDomain>(options, domain);
 }

@@ -72,7 +72,7 @@ void timestep_norm(const Call& call, float epsilon) {
                  bias = call.input(4);
     Call::require(x.shape.size() == 3 && past.shape.size() == 3, "x [B, T, D] and past [B, G, 4]");
     const int64_t B = x.shape[0], T = x.shape[1], D = x.shape[2], G = past.shape[1];
-    Call::require(T > 0 && G > 0 && D % G == 0 && past.size() == B * G * kNormParts && position.size() == B &&
+    Call::require(T > 0 && G > 0 && D > 0 && D % G == 0 && past.size() == B * G * kNormParts && position.size() == B &&
                       weight.size() == D && bias.size() == D,
                   "weight and bias of D channels in G groups");
     const int64_t size = D / G;

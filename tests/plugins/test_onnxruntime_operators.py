@@ -137,6 +137,14 @@ def test_tensors_that_do_not_fit_are_refused(operators: CompiledOperators, wrong
         operators.complex_ema(FLOAT32, inputs)
 
 
+def test_tensors_without_modes_or_channels_are_refused(operators: CompiledOperators) -> None:
+    """Not divided by zero."""
+    with pytest.raises(Exception, match="megalodon operator: expected coefficients"):
+        operators.complex_ema(FLOAT32, complex_ema_inputs(B=2, T=3, D=4, N=0))
+    with pytest.raises(Exception, match="megalodon operator: expected weight and bias"):
+        operators.timestep_norm(FLOAT32, timestep_norm_inputs(B=2, T=3, D=0, G=2))
+
+
 def test_the_library_is_found_where_it_was_built_or_named(
     operators: CompiledOperators, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@
 #include "formats.hpp"
 #include "library.hpp"
 #include "logging.hpp"
-#include "ort_api.hpp"
+#include "megalodon/onnxruntime_api.h"
 
 namespace megalodon::detail {
 
@@ -128,7 +128,7 @@ class OnnxRuntimeEngine : public Engine {
 
     static ort::Api open_api(const Library& library) {
         const auto* base = library.get<const ort::ApiBase* (*)()>("OrtGetApiBase")();
-        const void* table = base->get_api(ort::kApiVersion);
+        const void* table = base->get_api(ort::kFirstVersion);
         if (table == nullptr) {
             throw Error(ErrorKind::missing_library, library.path() + ": ONNX Runtime " + base->get_version_string() +
                                                         " no longer has version 1 of its interface; " + kInstall);

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from kernel_cases import DTYPE_NUMBERS, Case, Tensor
+from token_choice import choices_tensor, choose_tokens
 
 from megalodon_deploy.model.operators.complex_ema import complex_ema, complex_ema_backward
 from megalodon_deploy.model.operators.timestep_norm import timestep_norm, timestep_norm_backward
@@ -110,12 +111,13 @@ def _pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
 
 
 def make_tensors(library: Library, case: Case, device: str, seed: int = 0) -> Tensors:
-    """Inputs with plausible numbers, outputs filled with NaN, and the workspace."""
+    """Inputs with plausible numbers, outputs filled with NaN (tokens with -7), and the workspace."""
     generator = torch.Generator(device).manual_seed(seed)
     tensors = {tensor.name: _input(case, tensor, device, generator) for tensor in case.inputs}
     for tensor in case.kernel.outputs:
         kind = TORCH_TYPES[case.type_of(tensor)]
-        tensors[tensor.name] = torch.full(tensor.shape(case.sizes), torch.nan, dtype=kind, device=device)
+        unwritten = torch.nan if kind.is_floating_point else -7
+        tensors[tensor.name] = torch.full(tensor.shape(case.sizes), unwritten, dtype=kind, device=device)
     if case.kernel.workspace:
         size = library.workspace_bytes(case)
         tensors["workspace"] = torch.full((size,), 255, dtype=torch.uint8, device=device)  # NaN
@@ -126,12 +128,19 @@ def _input(case: Case, tensor: Tensor, device: str, generator: torch.Generator) 
     shape, kind = tensor.shape(case.sizes), TORCH_TYPES[case.type_of(tensor)]
     if tensor.name == "position":
         return torch.full(shape, case.position, dtype=kind, device=device)
+    if tensor.name == "choices":
+        return choices_tensor(case.sizes["B"], case.sizes["R"], device)
+    if tensor.name == "recent":
+        order = torch.rand((shape[0], case.sizes["W"]), device=device, generator=generator).argsort(1)
+        return order[:, : shape[1]].contiguous()
     if kind is torch.int8:
         return torch.randint(-127, 128, shape, dtype=kind, device=device, generator=generator)
     normal = torch.randn(shape, device=device, generator=generator)
     if tensor.name == "q" and tensor.dims == "DN2":
         uniform = torch.rand((*shape[:-1], 2), device=device, generator=generator)
         return torch.view_as_real(torch.polar(0.5 + 0.499 * uniform[..., 0], torch.pi * uniform[..., 1])).contiguous()
+    if tensor.name == "logits":
+        normal = 3 * normal
     if tensor.name == "q":
         normal = normal * case.sizes["Z"] ** -0.5  # the scale of attention
     if tensor.quantised_only:
@@ -208,6 +217,10 @@ def _append_rows(case: Case, inputs: Tensors) -> tuple[torch.Tensor, ...]:
     return tuple(results)
 
 
+def _choose_token(case: Case, inputs: Tensors) -> tuple[torch.Tensor, ...]:
+    return (choose_tokens(inputs["logits"], inputs["recent"]),)
+
+
 def _append_in_place(case: Case, tensors: Tensors) -> None:
     row = case.position % case.sizes["C"]
     for rows, memory in (("new_key", "key"), ("new_value", "value")):
@@ -233,6 +246,7 @@ REFERENCES: dict[str, Callable[[Case, Tensors], tuple[torch.Tensor, ...]]] = {
     "norm_ema": _norm_ema,
     "chunk_attention": _chunk_attention,
     "append_rows": _append_rows,
+    "choose_token": _choose_token,
 }
 
 
@@ -240,6 +254,9 @@ def worst_error(case: Case, found: Tensors, expected: Tensors) -> float:
     """The largest error of any output, in tolerances: at most 1 is right. NaN counts as infinite."""
     worst = 0.0
     for name, values in expected.items():
+        if not found[name].is_floating_point():
+            worst = worst if torch.equal(found[name], values) else math.inf
+            continue
         tolerance = TOLERANCES[found[name].dtype]
         if case.phase == "backward" and name != "grad_x":
             tolerance = max(tolerance, SUM_TOLERANCE)

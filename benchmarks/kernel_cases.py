@@ -1,7 +1,8 @@
 """What the kernel benchmark measures: each kernel's tensors, arithmetic and C signature, at the shapes of the models.
 
 Letters: B rows, T tokens, D channels, N modes, G groups, H heads, Z and V widths of a head's keys and values, S rows of
-key/value memory, C tokens of a chunk. Imports nothing heavy: the plan can be printed anywhere.
+key/value memory, C tokens of a chunk, W tokens of the vocabulary, R of them under a repetition penalty. Imports nothing
+heavy: the plan can be printed anywhere.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from megalodon_deploy.config import MegalodonConfig
 
 MODELS = ("mega200M", "mega1.3B", "paper-7B")
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3": 1, "int8": 1, "int64": 8}
 DTYPE_NUMBERS = {"float32": 0, "float16": 1, "bfloat16": 2, "float8_e4m3": 3, "int8": 4}  # enum mgd_dtype
+
+PENALISED_TOKENS = 64
 
 Phase = Literal["decode", "prefill", "backward"]
 Sizes = dict[str, int]
@@ -118,7 +121,8 @@ def _activation(name: str, dims: str, passes: int = 1) -> Tensor:
 POSITION = Tensor("position", "B", "int64")
 EMA_COEFFICIENTS = (Tensor("p", "DN"), Tensor("q", "DN2"), Tensor("gamma", "DN2"), Tensor("omega", "D"))
 EMA_INPUTS = (_activation("x", "BTD"), Tensor("past", "BDN2"), POSITION, *EMA_COEFFICIENTS)
-NORM_INPUTS = (_activation("x", "BTD"), Tensor("past", "BG4"), POSITION, Tensor("weight", "D"))
+WEIGHT, BIAS = Tensor("weight", "D"), Tensor("bias", "D")
+NORM_INPUTS = (_activation("x", "BTD"), Tensor("past", "BG4"), POSITION, WEIGHT)
 
 # A mode's step is q h + p x (10 operations without the products by zero) and its part of y (4).
 EMA_FORWARD_FLOPS = 12
@@ -133,53 +137,63 @@ def _attention_flops(sizes: Sizes) -> int:
     return 2 * sizes["B"] * sizes["H"] * pairs * (sizes["Z"] + sizes["V"])
 
 
-KERNELS = (
-    Kernel(
-        name="complex_ema",
-        function="mgd_complex_ema",
-        inputs=EMA_INPUTS,
-        outputs=(_activation("y", "BTD"), Tensor("present", "BDN2")),
-        signature="dtype B T D N x past position p q gamma omega null y present workspace",
-        workspace="BTDN",
-        flops=lambda sizes: EMA_FORWARD_FLOPS * math.prod(sizes[dim] for dim in "BTDN"),
-    ),
-    Kernel(
-        name="complex_ema_backward",
-        function="mgd_complex_ema_backward",
-        inputs=(*EMA_INPUTS, _activation("grad_y", "BTD"), Tensor("grad_present", "BDN2")),
+def _ema_flops(per_mode: int) -> Callable[[Sizes], int]:
+    return lambda sizes: per_mode * math.prod(sizes[dim] for dim in "BTDN")
+
+
+def _forward(name: str, inputs: Sequence[Tensor], **options: Any) -> Kernel:
+    """From x, the past state and coefficients to y and the present state."""
+    outputs = (_activation("y", "BTD"), Tensor("present", inputs[1].dims))
+    return Kernel(name=name, function=f"mgd_{name}", inputs=tuple(inputs), outputs=outputs, **options)
+
+
+def _backward(name: str, inputs: Sequence[Tensor], coefficients: Sequence[Tensor], **options: Any) -> Kernel:
+    """From the same inputs and gradients of y and of the present state to those of x, past and coefficients."""
+    state = inputs[1].dims
+    return Kernel(
+        name=name,
+        function=f"mgd_{name}",
+        inputs=(*inputs, _activation("grad_y", "BTD"), Tensor("grad_present", state)),
         outputs=(
             _activation("grad_x", "BTD"),
-            Tensor("grad_past", "BDN2"),
-            *(Tensor(f"grad_{tensor.name}", tensor.dims) for tensor in EMA_COEFFICIENTS),
+            Tensor("grad_past", state),
+            *(Tensor(f"grad_{tensor.name}", tensor.dims) for tensor in coefficients),
         ),
+        phases=("backward",),
+        **options,
+    )
+
+
+KERNELS = (
+    _forward(
+        "complex_ema",
+        EMA_INPUTS,
+        signature="dtype B T D N x past position p q gamma omega null y present workspace",
+        workspace="BTDN",
+        flops=_ema_flops(EMA_FORWARD_FLOPS),
+    ),
+    _backward(
+        "complex_ema_backward",
+        EMA_INPUTS,
+        EMA_COEFFICIENTS,
         signature="dtype B T D N x past position p q gamma omega grad_y grad_present grad_x grad_past grad_p grad_q "
         "grad_gamma grad_omega workspace",
         workspace="BTDN",
-        phases=("backward",),
-        flops=lambda sizes: EMA_BACKWARD_FLOPS * math.prod(sizes[dim] for dim in "BTDN"),
+        flops=_ema_flops(EMA_BACKWARD_FLOPS),
     ),
-    Kernel(
-        name="timestep_norm",
-        function="mgd_timestep_norm",
-        inputs=(*NORM_INPUTS, Tensor("bias", "D")),
-        outputs=(_activation("y", "BTD"), Tensor("present", "BG4")),
+    _forward(
+        "timestep_norm",
+        (*NORM_INPUTS, BIAS),
         signature="dtype B T D G x past position weight bias epsilon null y present workspace",
         workspace="BTG",
     ),
-    Kernel(
-        name="timestep_norm_backward",
-        function="mgd_timestep_norm_backward",
-        inputs=(*NORM_INPUTS, _activation("grad_y", "BTD"), Tensor("grad_present", "BG4")),
-        outputs=(
-            _activation("grad_x", "BTD"),
-            Tensor("grad_past", "BG4"),
-            Tensor("grad_weight", "D"),
-            Tensor("grad_bias", "D"),
-        ),
+    _backward(
+        "timestep_norm_backward",
+        NORM_INPUTS,
+        (WEIGHT, BIAS),
         signature="dtype B T D G x past position weight epsilon grad_y grad_present grad_x grad_past grad_weight "
         "grad_bias workspace",
         workspace="BTDG",
-        phases=("backward",),
     ),
     Kernel(
         name="norm_ema",
@@ -188,8 +202,8 @@ KERNELS = (
             _activation("x", "BTD"),
             Tensor("past_norm", "BG4"),
             POSITION,
-            Tensor("weight", "D"),
-            Tensor("bias", "D"),
+            WEIGHT,
+            BIAS,
             Tensor("past_cema", "BDN2"),
             *EMA_COEFFICIENTS,
         ),
@@ -203,7 +217,7 @@ KERNELS = (
         "present_cema workspace",
         workspace="BTDGN",
         phases=("decode",),
-        flops=lambda sizes: EMA_FORWARD_FLOPS * math.prod(sizes[dim] for dim in "BTDN"),
+        flops=_ema_flops(EMA_FORWARD_FLOPS),
     ),
     Kernel(
         name="chunk_attention",
@@ -234,6 +248,15 @@ KERNELS = (
         signature="appends B T S C position",
         phases=("decode",),
     ),
+    Kernel(
+        name="choose_token",
+        function="mgd_choose_tokens",
+        inputs=(Tensor("logits", "BW"), Tensor("choices", "B8", "int64"), Tensor("recent", "BR", "int64")),
+        outputs=(Tensor("tokens", "B", "int64"),),
+        signature="B W logits choices recent R tokens workspace",
+        workspace="BW",
+        phases=("decode",),
+    ),
 )
 
 
@@ -249,6 +272,8 @@ def sizes_of(config: MegalodonConfig, *, batch: int, tokens: int, rows: int) -> 
         "V": config.value_head_dim,
         "S": rows,
         "C": config.chunk_size,
+        "W": config.vocab_size,
+        "R": min(PENALISED_TOKENS, config.vocab_size),
     }
 
 

@@ -153,6 +153,25 @@ def check_attention(kernels: KernelLibrary, call: Attention, dtype: str) -> None
     assert_close(found, attention_reference(call), TOLERANCES[dtype], "out")
 
 
+def check_quantised_memory(
+    kernels: KernelLibrary, *, num_tokens: int, num_rows: int, width: int, dtype: str, past: str
+) -> None:
+    """Of rows whose memory is full, empty and in between."""
+    filled = [num_rows, 0, 19]
+    call = attention_inputs(T=num_tokens, S=num_rows, dz=width, dv=width + 16, filled=filled, dtype=dtype, past=past)
+    check_attention(kernels, call, dtype)
+
+
+def check_splits(kernels: KernelLibrary, lengths: Sequence[int]) -> None:
+    """40 tokens in calls of these lengths."""
+    whole = attention_inputs(T=40, S=60, dz=8, dv=12, filled=[0, 20, 7])
+    expected, first = attention_reference(whole), 0
+    for length in lengths:
+        found = run_attention(kernels, whole.tokens(first, first + length))
+        assert_close(found, expected[:, :, first : first + length], 3e-6, f"tokens from {first}")
+        first += length
+
+
 class AppendEntry(ctypes.Structure):
     """struct mgd_append."""
 

@@ -14,7 +14,8 @@ from attention_helpers import (
     attention_reference,
     check_append,
     check_attention,
-    run_attention,
+    check_quantised_memory,
+    check_splits,
 )
 from helpers import assert_close
 from kernel_helpers import ACTIVATIONS, MARGIN, KernelLibrary, Tensor
@@ -45,18 +46,12 @@ def test_attention_on_gpu(kernels: KernelLibrary, sizes: dict[str, Any], dtype: 
 @pytest.mark.parametrize("num_tokens", [1, 65])
 @pytest.mark.parametrize("width", [7, 256])
 def test_quantised_memory_on_gpu(kernels: KernelLibrary, dtype: str, past: str, num_tokens: int, width: int) -> None:
-    call = attention_inputs(T=num_tokens, S=200, dz=width, dv=width + 16, filled=[200, 0, 19], dtype=dtype, past=past)
-    check_attention(kernels, call, dtype)
+    check_quantised_memory(kernels, num_tokens=num_tokens, num_rows=200, width=width, dtype=dtype, past=past)
 
 
 @pytest.mark.parametrize("lengths", [[1] * 40, [17, 1, 22]], ids=lambda lengths: str(len(lengths)))
 def test_any_split_gives_the_same_on_gpu(kernels: KernelLibrary, lengths: list[int]) -> None:
-    whole = attention_inputs(T=40, S=60, dz=8, dv=12, filled=[0, 20, 7])
-    expected, first = attention_reference(whole), 0
-    for length in lengths:
-        found = run_attention(kernels, whole.tokens(first, first + length))
-        assert_close(found, expected[:, :, first : first + length], 3e-6, f"tokens from {first}")
-        first += length
+    check_splits(kernels, lengths)
 
 
 @pytest.mark.parametrize("shift", [0, 1])

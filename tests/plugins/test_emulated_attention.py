@@ -15,14 +15,14 @@ from attention_helpers import (
     AppendEntry,
     append_inputs,
     attention_inputs,
-    attention_reference,
     check_append,
     check_attention,
+    check_quantised_memory,
+    check_splits,
     run_append,
     run_attention,
     workspace_bytes,
 )
-from helpers import assert_close
 from kernel_helpers import ACTIVATIONS, DESCENDING, RANDOM, KernelLibrary
 
 INVALID_ARGUMENT, UNSUPPORTED = 1, 2  # enum mgd_status
@@ -64,8 +64,7 @@ def test_many_tokens_match_float64(kernels: KernelLibrary, sizes: dict[str, Any]
 @pytest.mark.parametrize("num_tokens", [1, 65])
 @pytest.mark.parametrize("width", [7, 32])
 def test_quantised_memory(kernels: KernelLibrary, dtype: str, past: str, num_tokens: int, width: int) -> None:
-    call = attention_inputs(T=num_tokens, S=70, dz=width, dv=width + 16, filled=[70, 0, 19], dtype=dtype, past=past)
-    check_attention(kernels, call, dtype)
+    check_quantised_memory(kernels, num_tokens=num_tokens, num_rows=70, width=width, dtype=dtype, past=past)
 
 
 @pytest.mark.parametrize(
@@ -100,12 +99,7 @@ def test_results_do_not_depend_on_the_order_of_threads(
 
 @pytest.mark.parametrize("lengths", [[1] * 40, [17, 1, 22], [39, 1]], ids=lambda lengths: str(len(lengths)))
 def test_any_split_gives_the_same(kernels: KernelLibrary, lengths: list[int]) -> None:
-    whole = attention_inputs(T=40, S=60, dz=8, dv=12, filled=[0, 20, 7])
-    expected, first = attention_reference(whole), 0
-    for length in lengths:
-        found = run_attention(kernels, whole.tokens(first, first + length))
-        assert_close(found, expected[:, :, first : first + length], 3e-6, f"tokens from {first}")
-        first += length
+    check_splits(kernels, lengths)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2])

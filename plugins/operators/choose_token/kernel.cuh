@@ -122,7 +122,7 @@ __device__ inline Kept keep_top_p(const uint64_t* mass_V, int64_t V, double top_
             above = sum;
         }
     }
-    if (low == 0) return kept;
+    // low > 0, since the masses from 1 on reach kept.total, which is at least `wanted`
     uint64_t num_ties = (wanted - above + low - 1) / low;
     if (low == kept.border && num_ties > kept.num_ties) num_ties = kept.num_ties;
     return {low, num_ties, above + num_ties * low};
@@ -220,7 +220,7 @@ __global__ void choose_token_kernel(ChooseTokenCall call) {
         const double weight = exp((score_V[i] - largest) / choice.temperature);
         mass_V[i] = static_cast<uint64_t>(weight * static_cast<double>(one) + 0.5);
     }
-    __syncthreads();
+    // No barrier: `tail_from` reads what its own thread has written, and then waits for all.
     Kept kept{0, 0, tail_from(mass_V, call.V, 0, slots).sum};
     if (choice.top_k > 0 && choice.top_k < call.V) {
         kept = keep_top_k(mass_V, call.V, static_cast<uint64_t>(choice.top_k), one, slots);

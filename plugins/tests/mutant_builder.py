@@ -1,11 +1,11 @@
-"""Compile the emulated library with every mutant in it; $MEGALODON_MUTANT chooses one when the library is loaded."""
+"""Compile the emulated library with every mutant in it; `mgd_choose_mutant(number)` chooses one, 0 none."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import subprocess
-import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,18 +13,30 @@ from pathlib import Path
 from mutants import Mutant, instrument
 
 PLUGINS = Path(__file__).resolve().parents[1]
-VARIABLE = "MEGALODON_MUTANT"
 COMPILE = ["c++", "-std=c++17", "-O1", "-fPIC", "-w", "-fmax-errors=50", "-DMEGALODON_EMULATE"]
 MOST_TRIES = 10
+MOST_OF_A_SOURCE = 1000  # mutants: each source has numbers of its own, so that an edit leaves those of others
 
-CHOICE_HEADER = "extern int mgd_mutant;\n#define MGD_MUTANT(number) (mgd_mutant == (number))\n"
-CHOICE_SOURCE = f"""\
-#include <cstdlib>
-static int chosen() {{
-    const char* text = std::getenv("{VARIABLE}");
-    return text == nullptr ? 0 : std::atoi(text);
-}}
-int mgd_mutant = chosen();
+# What stands in the place of the removed text. A removal that would have changed something is noted in `mgd_touched`.
+CHOICE_HEADER = """\
+#pragma once
+extern int mgd_mutant;
+extern "C" unsigned char mgd_touched[];
+inline bool mgd_tried(int number) {
+    mgd_touched[number] = 1;
+    return mgd_mutant == number;
+}
+inline bool mgd_or(int number, bool value) {
+    return value || mgd_tried(number);
+}
+inline bool mgd_and_not(int number, bool value) {
+    return value && !mgd_tried(number);
+}
+"""
+CHOICE_SOURCE = """\
+int mgd_mutant = 0;
+extern "C" unsigned char mgd_touched[NUM_MUTANTS + 1] = {};
+extern "C" void mgd_choose_mutant(int number) { mgd_mutant = number; }
 """
 
 
@@ -34,33 +46,35 @@ def sources_of_kernels() -> list[Path]:
     return sorted(path for path in paths if path.name != "platform.cuh")
 
 
+def numbers_of(mutants: Sequence[Mutant]) -> dict[str, int]:
+    """By key, from 1 on."""
+    paths = sorted({mutant.path for mutant in mutants})
+    numbers = {}
+    for index, path in enumerate(paths):
+        keys = [mutant.key for mutant in mutants if mutant.path == path]
+        assert len(keys) < MOST_OF_A_SOURCE, f"Bug: too many mutants of {path}"
+        numbers |= {key: index * MOST_OF_A_SOURCE + place for place, key in enumerate(keys, 1)}
+    return numbers
+
+
 class Builder:
     """Everything is below `folder`; `flags` are for the compiler and the linker."""
 
     def __init__(self, folder: Path, flags: Sequence[str], mutants: Sequence[Mutant]) -> None:
         self.folder, self.flags, self.mutants = folder, list(flags), list(mutants)
-        self.numbers = {mutant.key: number for number, mutant in enumerate(mutants, 1)}
+        self.numbers = numbers_of(mutants)
         self.broken: set[str] = set()  # keys of mutants that do not compile
-        self.done = False
-        self.lock = threading.Lock()
 
     @property
     def library(self) -> Path:
-        """Compiled on the first use. Raises RuntimeError when the sources do not compile as they are."""
-        with self.lock:
-            if not self.done:
-                self._build()
-                self.done = True
         return self.folder / "mutants.so"
 
-    def environment(self, mutant: Mutant | None) -> dict[str, str]:
-        """Variables of a process that tries one mutant, or none."""
-        return {VARIABLE: str(self.numbers[mutant.key] if mutant else 0)}
-
-    def _build(self) -> None:
+    def build(self) -> None:
+        """Raises RuntimeError when the sources do not compile as they are."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "mutant.h").write_text(CHOICE_HEADER)
-        (self.folder / "mutant.cpp").write_text(CHOICE_SOURCE)
+        count = str(max(self.numbers.values(), default=0))
+        (self.folder / "mutant.cpp").write_text(CHOICE_SOURCE.replace("NUM_MUTANTS", count))
         kernels = [path for pattern in ("operators/*/*.cu", "common/*.cu") for path in PLUGINS.glob(pattern)]
         hosts = ("operators/*/c_api.cpp", "common/cuda_error.cpp", "c_api/*.cpp", "emulation/*.cpp")
         sources = [*kernels, *(path for pattern in hosts for path in PLUGINS.glob(pattern)), self.folder / "mutant.cpp"]
@@ -74,7 +88,7 @@ class Builder:
                     break
                 if not self._leave_out(errors):
                     raise RuntimeError(f"the kernels do not compile: {next(filter(None, errors))[:2000]}")
-        command = ["c++", *self.flags, "-shared", "-o", self.folder / "mutants.so", *map(self._object, sources)]
+        command = ["c++", *self.flags, "-shared", "-o", self.library, *map(self._object, sources)]
         subprocess.run(command, check=True)
 
     def _write_sources(self) -> None:
@@ -103,6 +117,16 @@ class Builder:
         """The compiler's complaints, empty when there are none. Changed headers come before the plugins' own."""
         folders = [self.folder / "sources", PLUGINS, PLUGINS / "include"]
         command = [*COMPILE, *self.flags, *(f"-I{folder}" for folder in folders)]
-        command += ["-include", str(self.folder / "mutant.h"), "-x", "c++", "-c", str(source)]
-        done = subprocess.run([*command, "-o", self._object(source)], capture_output=True, text=True, check=False)
-        return done.stderr if done.returncode else ""
+        command += ["-include", str(self.folder / "mutant.h"), "-x", "c++", str(source)]
+        expanded = subprocess.run([*command, "-E"], capture_output=True, check=False).stdout
+        digest = hashlib.sha256(" ".join(command).encode() + expanded).hexdigest()
+        target = self._object(source)
+        stamp = target.with_suffix(".sha256")
+        if target.is_file() and stamp.is_file() and stamp.read_text() == digest:
+            return ""
+        stamp.unlink(missing_ok=True)
+        done = subprocess.run([*command, "-c", "-o", target], capture_output=True, text=True, check=False)
+        if done.returncode:
+            return done.stderr
+        stamp.write_text(digest)
+        return ""

@@ -1,8 +1,8 @@
 """Find what can be taken out of a kernel's source: barriers, lane masks, bound checks and selections.
 
 A mutant is the source with one of them removed. Patterns are found in the text, comments and what the compiler computes
-aside, so that a new kernel is covered without being listed anywhere. All mutants of a source are compiled at once:
-`MGD_MUTANT(number)` is true in the run that tries that one.
+aside, so that a new kernel is covered without being listed anywhere. All mutants of a source are compiled at once;
+which one is tried is chosen when the library runs (mutant_builder.py).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ OPENING, CLOSING = "([{", ")]}"
 
 # What stands around the removed text; {} is the number of the mutant.
 WRAPS = {
-    "true": ("(MGD_MUTANT({}) || (", "))"),
-    "false": ("(!MGD_MUTANT({}) && (", "))"),
-    "nothing": ("(MGD_MUTANT({}) ? (void)0 : ", ")"),
-    ">> 1": ("((", ") >> (MGD_MUTANT({}) ? 1 : 0))"),
-    "+ 1": ("((", ") + (MGD_MUTANT({}) ? 1 : 0))"),
+    "true": ("mgd_or({}, ", ")"),
+    "false": ("mgd_and_not({}, ", ")"),
+    "nothing": ("(mgd_tried({}) ? (void)0 : ", ")"),
+    ">> 1": ("((", ") >> (mgd_tried({}) ? 1 : 0))"),
+    "+ 1": ("((", ") + (mgd_tried({}) ? 1 : 0))"),
 }
 
 
@@ -45,6 +45,11 @@ class Mutant:
     end: int
     becomes: str  # a key of WRAPS
     key: str
+
+    @property
+    def name(self) -> str:
+        """For people: where it is today as well."""
+        return f"{self.key} (line {self.line})"
 
     @property
     def operator(self) -> str:

@@ -3,38 +3,38 @@
     python plugins/tests/mutate.py [--sample N] [--only TEXT] [--jobs N] [--report FILE] [--list]
 
 A mutant is killed when a check of its operator (`tests/plugins/test_emulated_*.py`) fails, when the process dies or
-when it runs far longer than it should. The kernels are compiled as in CI: plainly, and for the sanitizers. The
-mutants that may survive stand in mutants_allowed.toml with the reason. Exit code 1 when another one survives, or when
-an allowed one is killed or gone.
+when it runs far longer than it should; it is untouched when its removal makes no difference in any check. The kernels
+are compiled as in CI: plainly, and what survives for the sanitizers. The mutants that may survive stand in
+mutants_allowed.toml with the reason. Exit code 1 when another one survives, or when an allowed one is killed or gone.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mutant_builder import PLUGINS, Builder, sources_of_kernels
+from mutant_trials import KILLED, SURVIVED, UNTOUCHED, Request
 from mutants import Mutant, find_mutants
 from sanitizers import FLAGS, sanitizer_environment
 
+TRIALS = Path(__file__).with_name("mutant_trials.py")
 CHECKS = PLUGINS.parent / "tests" / "plugins"
 ALLOWED = Path(__file__).with_name("mutants_allowed.toml")
 BUILD = PLUGINS.parent / "build" / "mutants"
-LONGEST_SECONDS = 300  # of processor time: a loop without end is a killed mutant, a busy machine is not
-SANITIZED = ("test_emulated_*.py",)
-PLAIN = (*SANITIZED, "test_runtime_kernels.py")  # the latter needs PyTorch, which the sanitizers do not go with
-NO_TESTS = 5  # exit code of pytest when nothing was selected
-KILLED, SURVIVED, BROKEN = "killed", "survived", "does not compile"
+BROKEN = "does not compile"
+ALIVE = (SURVIVED, UNTOUCHED)
 
 
 @dataclass(frozen=True)
@@ -76,38 +76,63 @@ def operators_of(mutant: Mutant) -> set[str]:
     return {path.parent.name for path in sources if f'"{mutant.path}"' in path.read_text()}
 
 
+def checks_of(mutants: Sequence[Mutant]) -> list[str]:
+    """The check files that name an operator of the mutants."""
+    operators = {operator for mutant in mutants for operator in operators_of(mutant)}
+    files = sorted(CHECKS.glob("test_emulated_*.py"))
+    return [str(file) for file in files if any(operator in file.read_text() for operator in operators)]
+
+
 @dataclass(frozen=True)
 class Stage:
     """One way in which the kernels are compiled and checked."""
 
     builder: Builder
     environment: Callable[[Path], dict[str, str]]  # of a process that loads this library
-    patterns: tuple[str, ...]  # of the check files
+    has_rehearsal: bool
 
-    def checks_of(self, mutant: Mutant) -> list[Path]:
-        """The check files that name an operator of the mutant."""
-        files = sorted(file for pattern in self.patterns for file in CHECKS.glob(pattern))
-        return [file for file in files if any(operator in file.read_text() for operator in operators_of(mutant))]
+    def outcomes(self, mutants: Sequence[Mutant], jobs: int) -> list[Outcome]:
+        """Raises RuntimeError when checks fail on the kernels as they are: no mutant could be told from that."""
+        self.builder.build()
+        broken = [mutant for mutant in mutants if mutant.key in self.builder.broken]
+        by_number = {self.builder.numbers[mutant.key]: mutant for mutant in mutants if mutant not in broken}
+        answers = self.builder.folder / "answers.jsonl"
+        answers.unlink(missing_ok=True)
+        request = Request(
+            library=str(self.builder.library),
+            num_mutants=max(self.builder.numbers.values()),
+            numbers=list(by_number),
+            checks=checks_of(mutants),
+            jobs=jobs,
+            has_rehearsal=self.has_rehearsal,
+            answers=str(answers),
+        )
+        path = self.builder.folder / "request.json"
+        path.write_text(json.dumps(asdict(request)), encoding="utf-8")
+        outcomes = [Outcome(mutant, BROKEN) for mutant in broken]
+        for number, status in self._answers(path, answers):
+            outcomes.append(outcome := Outcome(by_number[number], status))
+            done = f"{len(outcomes)}/{len(mutants)}"
+            print(f"[{self.builder.folder.name} {done}] {status}: {outcome.mutant.name}", flush=True)
+        if len(outcomes) < len(mutants):
+            raise RuntimeError(f"the checks fail on the kernels as they are: {self.builder.folder}")
+        return outcomes
 
-    def passes(self, checks: Sequence[Path], mutant: Mutant | None) -> bool:
-        """Whether all `checks` pass with this mutant, or with the kernels as they are."""
-        if not checks:
-            return True
-        environment = self.environment(self.builder.library) | self.builder.environment(mutant)
-        command = ["prlimit", f"--cpu={LONGEST_SECONDS}", sys.executable, "-m", "pytest", "-q", "-x"]
-        command += ["-p", "no:cacheprovider", *map(str, checks)]
-        for selection in (["-k", "order"], ["-k", "not order"]):  # what catches a missing barrier comes first
-            done = subprocess.run(
-                [*command, *selection],
-                env=environment | {"OMP_NUM_THREADS": "1"},
-                cwd=PLUGINS.parent,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                check=False,
-            )
-            if done.returncode not in (0, NO_TESTS):
-                return False
-        return True
+    def _answers(self, request: Path, answers: Path) -> Iterator[tuple[int, str]]:
+        """As they come."""
+        environment = self.environment(self.builder.library) | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(TRIALS), str(request)]
+        num_read = 0
+        with subprocess.Popen(command, env=environment, cwd=PLUGINS.parent, stdout=subprocess.DEVNULL) as process:
+            is_over = False
+            while not is_over:
+                is_over = process.poll() is not None
+                lines = answers.read_text(encoding="utf-8").splitlines() if answers.is_file() else []
+                for line in lines[num_read:]:
+                    number, status = json.loads(line)
+                    yield number, status
+                num_read = len(lines)
+                time.sleep(0.0 if is_over else 0.5)
 
 
 def plain_environment(library: Path) -> dict[str, str]:
@@ -117,38 +142,27 @@ def plain_environment(library: Path) -> dict[str, str]:
 def stages(mutants: Sequence[Mutant], *, compile_soon: bool) -> list[Stage]:
     """Plain first: it is faster, and few mutants are left for the sanitizers. `compile_soon` is for few mutants."""
     flags = ["-O0"] if compile_soon else []
+    plain = Builder(BUILD / ("soon" if compile_soon else "plain"), flags, mutants)
+    sanitized = Builder(BUILD / "sanitized", FLAGS, mutants)
     return [
-        Stage(Builder(BUILD / ("soon" if compile_soon else "plain"), flags, mutants), plain_environment, PLAIN),
-        Stage(Builder(BUILD / "sanitized", FLAGS, mutants), sanitizer_environment, SANITIZED),
+        Stage(plain, plain_environment, has_rehearsal=not compile_soon),
+        Stage(sanitized, sanitizer_environment, has_rehearsal=not compile_soon),
     ]
 
 
-def try_mutant(all_stages: Sequence[Stage], mutant: Mutant) -> Outcome:
-    for stage in all_stages:
-        passed = stage.passes(stage.checks_of(mutant), mutant)
-        if mutant.key in stage.builder.broken:
-            return Outcome(mutant, BROKEN)
-        if not passed:
-            return Outcome(mutant, KILLED)
-    return Outcome(mutant, SURVIVED)
-
-
-def check_originals(all_stages: Sequence[Stage], mutants: Sequence[Mutant]) -> None:
-    """Raises RuntimeError when checks fail on the kernels as they are: no mutant could be told from that."""
-    for stage in all_stages:
-        if not stage.passes(sorted({file for mutant in mutants for file in stage.checks_of(mutant)}), None):
-            raise RuntimeError(f"the checks fail on the kernels as they are: {stage.builder.folder}")
-
-
 def run(all_stages: Sequence[Stage], mutants: Sequence[Mutant], jobs: int) -> list[Outcome]:
-    """Outcomes in the order in which they come."""
-    outcomes: list[Outcome] = []
-    with ThreadPoolExecutor(jobs) as pool:
-        for future in as_completed(pool.submit(try_mutant, all_stages, mutant) for mutant in mutants):
-            outcomes.append(outcome := future.result())
-            mutant = outcome.mutant
-            print(f"[{len(outcomes)}/{len(mutants)}] {outcome.status}: {mutant.key} (line {mutant.line})", flush=True)
-    return outcomes
+    """One outcome for each mutant: of the last stage that it reached."""
+    left, outcomes = list(mutants), dict[str, Outcome]()
+    for stage in all_stages:
+        if not left:
+            break
+        for outcome in stage.outcomes(left, jobs):
+            earlier = outcomes.get(outcome.mutant.key)
+            if outcome.status == UNTOUCHED and earlier:
+                continue  # what was touched in one stage is not forgotten in the next
+            outcomes[outcome.mutant.key] = outcome
+        left = [mutant for mutant in left if outcomes[mutant.key].status in (SURVIVED, UNTOUCHED)]
+    return [outcomes[mutant.key] for mutant in mutants]
 
 
 def table(outcomes: Sequence[Outcome], allowed: dict[str, str]) -> str:
@@ -166,7 +180,7 @@ def table(outcomes: Sequence[Outcome], allowed: dict[str, str]) -> str:
             and (operator == "all" or (outcome.mutant.operator, outcome.mutant.kind) == (operator, kind))
         ]
         killed = sum(outcome.status == KILLED for outcome in chosen)
-        explained = sum(outcome.status == SURVIVED and outcome.mutant.key in allowed for outcome in chosen)
+        explained = sum(outcome.status in ALIVE and outcome.mutant.key in allowed for outcome in chosen)
         counts = (len(chosen), killed, explained, len(chosen) - killed - explained)
         lines.append(f"| {operator} | {kind} | " + " | ".join(map(str, counts)) + " |")
     return "\n".join(lines)
@@ -175,9 +189,9 @@ def table(outcomes: Sequence[Outcome], allowed: dict[str, str]) -> str:
 def complaints(outcomes: Sequence[Outcome], mutants: Sequence[Mutant], allowed: dict[str, str]) -> list[str]:
     """What is wrong: unexplained survivors, and explanations of what is killed or gone."""
     wrong = [
-        f"survived: {outcome.mutant.key} (line {outcome.mutant.line})"
+        f"{outcome.status}: {outcome.mutant.name}"
         for outcome in outcomes
-        if outcome.status == SURVIVED and outcome.mutant.key not in allowed
+        if outcome.status in ALIVE and outcome.mutant.key not in allowed
     ]
     wrong += [
         f"allowed to survive, but killed: {outcome.mutant.key}"
@@ -201,15 +215,13 @@ def main() -> int:
     if options.sample is not None:
         chosen = sample_of(chosen, options.sample)
     if options.list:
-        print(*(f"{mutant.key} (line {mutant.line})" for mutant in chosen), sep="\n")
+        print(*(mutant.name for mutant in chosen), sep="\n")
         return 0
     if shutil.which("c++") is None:
         print("a C++ compiler is needed: apt-get install g++", file=sys.stderr)
         return 2
     allowed = allowed_survivors()
     all_stages = stages(everything, compile_soon=options.sample is not None)
-    if options.sample is None:  # a sample runs beside these very checks
-        check_originals(all_stages, chosen)
     outcomes = run(all_stages, chosen, options.jobs)
     text = table(outcomes, allowed)
     if options.report:

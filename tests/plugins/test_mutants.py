@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from mutant_builder import CHOICE_HEADER, CHOICE_SOURCE, numbers_of
 from mutants import Mutant, find_mutants, instrument
 from mutate import BROKEN, KILLED, SURVIVED, Outcome, all_mutants, allowed_survivors, complaints, sample_of, table
 
@@ -67,13 +68,20 @@ def test_names_do_not_depend_on_lines() -> None:
 
 PROGRAM = """
 #include <cstdio>
-#define MGD_MUTANT(number) (chosen == number)
-int chosen = 0;
+HEADER
+SOURCE
 void __syncthreads() { std::printf("barrier "); }
 unsigned __ballot_sync(unsigned mask, bool) { return mask; }
 TEXT
 int main() {
-    for (chosen = 0; chosen <= COUNT; ++chosen) { kernel(3); std::printf("|"); }
+    for (int number = 0; number <= NUM_MUTANTS; ++number) {
+        mgd_choose_mutant(number);
+        kernel(3);
+        std::printf("|");
+        if (number > 0) continue;
+        for (int other = 0; other <= NUM_MUTANTS; ++other) std::printf("%d", mgd_touched[other]);
+        std::printf("|");
+    }
     return 0;
 }
 """
@@ -91,12 +99,17 @@ void kernel(int n) {
 
 def test_each_number_chooses_one_mutant(tmp_path: Path) -> None:
     mutants = find_mutants("operators/one/kernel.cuh", FUNCTION)
-    numbers = {mutant.key: number for number, mutant in enumerate(mutants, 1)}
-    text = PROGRAM.replace("TEXT", instrument(FUNCTION, mutants, numbers)).replace("COUNT", str(len(mutants)))
+    numbers = numbers_of(mutants)
+    parts = {"HEADER": CHOICE_HEADER.replace("#pragma once", ""), "SOURCE": CHOICE_SOURCE}
+    parts |= {"TEXT": instrument(FUNCTION, mutants, numbers), "NUM_MUTANTS": str(len(mutants))}
+    text = PROGRAM
+    for name, part in parts.items():
+        text = text.replace(name, part)
     (tmp_path / "program.cpp").write_text(text)
     subprocess.run(["c++", "-o", tmp_path / "program", tmp_path / "program.cpp"], check=True)
     printed = subprocess.run([tmp_path / "program"], capture_output=True, text=True, check=True).stdout.split("|")
     assert printed[0] == "0 1 2 not barrier 8"
+    touched = printed.pop(1)
     found = {(mutant.becomes, FUNCTION[mutant.start : mutant.end]): printed[numbers[mutant.key]] for mutant in mutants}
     assert found == {
         ("true", "n < 2"): "small 0 1 2 not barrier 8",
@@ -110,6 +123,9 @@ def test_each_number_chooses_one_mutant(tmp_path: Path) -> None:
         ("nothing", "__syncthreads()"): "0 1 2 not 8",
         (">> 1", "8u"): "0 1 2 not barrier 4",
     }
+
+    changed = {number for number, text in enumerate(printed) if text not in (printed[0], "")}
+    assert {number for number, bit in enumerate(touched) if bit == "1"} == changed
 
 
 def test_the_report_counts_and_complains() -> None:

@@ -116,8 +116,8 @@ def run_attention(kernels: KernelLibrary, call: Attention) -> Array:
     (B, H, T, dz), dv, S = call.q.shape, call.v.shape[3], call.past_key.shape[2]
     sizes = [ctypes.c_int64(size) for size in (B, H, T, S, dz, dv)]
     names = ("q", "k", "v", "past_key", "past_value", "position", "past_key_scale", "past_value_scale")
-    given = [None if getattr(call, name) is None else Tensor(kernels.memory, getattr(call, name)) for name in names]
-    out = Tensor(kernels.memory, np.full(call.v.shape, np.nan, call.v.dtype))
+    given = [None if getattr(call, name) is None else kernels.tensor(getattr(call, name)) for name in names]
+    out = kernels.tensor(np.full(call.v.shape, np.nan, call.v.dtype))
     num_bytes = workspace_bytes(kernels, B=B, H=H, S=S, dv=dv)
     workspace = Tensor(kernels.memory, np.full(num_bytes // 4, np.nan, np.float32))
     status = kernels.library.mgd_chunk_attention(

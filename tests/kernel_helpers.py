@@ -90,7 +90,7 @@ def _poison(dtype: np.dtype) -> Any:
 
 
 class KernelLibrary:
-    """The two operators of one library file. Tensors start on 16 bytes with the default margin, else they do not."""
+    """The operators of one library file. Tensors start on 16 bytes with the default margin, else they do not."""
 
     def __init__(self, path: Path, memory: Memory, margin: int = MARGIN) -> None:
         self.library = ctypes.CDLL(str(path))
@@ -155,8 +155,8 @@ class KernelLibrary:
         workspace_bytes: int,
     ) -> list[Array]:
         """Run mgd_OPERATOR; the results are like `outputs`, and NaN where nothing was written."""
-        given = [self._tensor(argument) if isinstance(argument, np.ndarray) else argument for argument in arguments]
-        results = [self._tensor(np.full(like.shape, np.nan, like.dtype)) for like in outputs]
+        given = [self.tensor(argument) if isinstance(argument, np.ndarray) else argument for argument in arguments]
+        results = [self.tensor(np.full(like.shape, np.nan, like.dtype)) for like in outputs]
         workspace = Tensor(self.memory, np.full(-(-workspace_bytes // 4), np.nan, np.float32))
         status = self.library[f"mgd_{operator}"](
             DTYPE_NUMBERS[dtype],
@@ -174,7 +174,7 @@ class KernelLibrary:
         assert all(tensor.is_unchanged() for tensor in tensors), "an input was written"
         return found
 
-    def _tensor(self, values: Array) -> Tensor:
+    def tensor(self, values: Array) -> Tensor:
         return Tensor(self.memory, values, self.margin)
 
 

@@ -44,9 +44,9 @@ def run_norm_ema(kernels: KernelLibrary, dtype: str, call: NormEma) -> list[Arra
     inputs = [call.norm[0].astype(ACTIVATIONS[dtype]), *call.norm[1:], *call.ema]
     (B, T, D), G, N = inputs[0].shape, inputs[1].shape[1], call.ema[0].shape[2]
     sizes = [ctypes.c_int64(size) for size in (B, T, D, G, N)]
-    given = [Tensor(kernels.memory, array) for array in inputs]
+    given = [kernels.tensor(array) for array in inputs]
     likes = (inputs[0], inputs[1], inputs[0], call.ema[0])
-    outputs = [Tensor(kernels.memory, np.full(like.shape, np.nan, like.dtype)) for like in likes]
+    outputs = [kernels.tensor(np.full(like.shape, np.nan, like.dtype)) for like in likes]
     query = kernels.library.mgd_timestep_norm_complex_ema_workspace_bytes
     query.restype = ctypes.c_size_t
     num_bytes = query(*sizes)

@@ -183,6 +183,7 @@ def test_attention_refuses_impossible_arguments(kernels: KernelLibrary) -> None:
     needed = workspace_bytes(kernels, B=1, H=1, S=1, dv=1)
     assert call_attention(kernels, bytes=needed) == 0
     assert call_attention(kernels, bytes=needed - 1) == INVALID_ARGUMENT
+    assert call_attention(kernels, workspace=ctypes.c_void_p(8)) == INVALID_ARGUMENT  # not on 16 bytes
     for name in ("B", "H", "T"):
         assert call_attention(kernels, **{name: 0}) == 0, name
     for name in ("B", "H", "T", "S"):

@@ -85,6 +85,7 @@ def test_impossible_calls_are_refused(kernels: KernelLibrary) -> None:
     assert call() == 0
     assert call(B=0, logits=None) == 0
     bad: list[dict[str, Any]] = [{"B": -1}, {"V": 0}, {"max_recent": -1}, {"workspace_bytes": 31}]
+    bad += [{"workspace": ctypes.c_void_p(8)}]  # not on 16 bytes
     bad += [{name: None} for name in ("logits", "choices", "recent", "tokens", "workspace")]
     for changes in bad:
         assert call(**changes) == 1, changes

@@ -76,7 +76,7 @@ def call_norm_ema(kernels: KernelLibrary, **changes: Any) -> int:
     pointers = {name: ctypes.c_void_p(array.ctypes.data) for name, array in memory.items()}
     for name, value in changes.items():
         if name in pointers:
-            pointers[name] = None if value is None else pointers[value]
+            pointers[name] = value if isinstance(value, ctypes.c_void_p) else pointers.get(value)
     sizes = {"B": 1, "T": 1, "D": 4, "G": 2, "N": 3}
     return int(
         kernels.library.mgd_timestep_norm_complex_ema(
@@ -107,3 +107,4 @@ def test_impossible_arguments_are_refused(kernels: KernelLibrary) -> None:
     assert call_norm_ema(kernels, B=0) == 0
     assert call_norm_ema(kernels, workspace=None, bytes=0) == 0
     assert call_norm_ema(kernels, T=17, workspace=None, bytes=0) == INVALID_ARGUMENT
+    assert call_norm_ema(kernels, T=17, workspace=ctypes.c_void_p(8)) == INVALID_ARGUMENT  # not on 16 bytes

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from attention_helpers import attention_inputs, check_attention
 from helpers import assert_close
 from kernel_helpers import (
     ACTIVATIONS,
@@ -21,6 +22,7 @@ from kernel_helpers import (
     complex_ema_inputs,
     timestep_norm_inputs,
 )
+from norm_ema_helpers import check_norm_ema, norm_ema_inputs
 
 MULTIPROCESSORS = 132  # of an H200
 
@@ -102,6 +104,10 @@ def test_tensors_need_not_start_on_16_bytes(emulated_path: Path, dtype: str, T: 
     kernels = KernelLibrary(emulated_path, HostMemory(), margin=MARGIN + 1)
     check_complex_ema(kernels.complex_ema, dtype, complex_ema_inputs(B=2, T=T, D=40, N=16))
     check_timestep_norm(kernels.timestep_norm, dtype, timestep_norm_inputs(B=2, T=T, D=64, G=2))
+    check_norm_ema(kernels, dtype, norm_ema_inputs(B=2, T=T, D=64, G=2, N=16))
+    for past in (dtype, "int8"):
+        call = attention_inputs(T=T, S=20, dz=16, dv=32, filled=[20, 7], dtype=dtype, past=past)
+        check_attention(kernels, call, dtype)
 
 
 def test_tiny_input_coefficients_keep_the_state(kernels: KernelLibrary) -> None:

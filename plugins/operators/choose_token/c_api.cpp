@@ -10,9 +10,10 @@ int mgd_choose_tokens(int64_t B, int64_t V, const float* logits, const mgd_choic
     return megalodon::without_exceptions([&]() -> int {
         if (!megalodon::none_negative(B, max_recent) || V < 1) return MGD_INVALID_ARGUMENT;
         if (B == 0) return MGD_OK;
-        if (!megalodon::none_null(logits, tokens, workspace) || choices == nullptr) return MGD_INVALID_ARGUMENT;
+        if (!megalodon::none_null(logits, tokens) || choices == nullptr) return MGD_INVALID_ARGUMENT;
         if (max_recent > 0 && recent == nullptr) return MGD_INVALID_ARGUMENT;
-        if (workspace_bytes < mgd_choose_tokens_workspace_bytes(B, V)) return MGD_INVALID_ARGUMENT;
+        const size_t needed_bytes = mgd_choose_tokens_workspace_bytes(B, V);
+        if (!megalodon::is_workspace(workspace, workspace_bytes, needed_bytes)) return MGD_INVALID_ARGUMENT;
         if (V > MGD_MAX_VOCABULARY) return MGD_UNSUPPORTED;
         return megalodon::launch_choose_token({B, V, max_recent, logits, choices, recent, workspace, tokens}, stream);
     });

@@ -34,7 +34,7 @@ int mgd_chunk_attention(int dtype, int past_dtype, int64_t B, int64_t H, int64_t
         if (!has_scales && (past_key_scale != past_value_scale)) return MGD_INVALID_ARGUMENT;
         if (dz > MGD_MAX_KEY_WIDTH || dv > MGD_MAX_VALUE_WIDTH) return MGD_UNSUPPORTED;
         const size_t needed_bytes = T == 1 ? megalodon::chunk_attention_workspace_bytes(B, H, S, dv) : 0;
-        if (workspace_bytes < needed_bytes || (needed_bytes > 0 && workspace == nullptr)) return MGD_INVALID_ARGUMENT;
+        if (!megalodon::is_workspace(workspace, workspace_bytes, needed_bytes)) return MGD_INVALID_ARGUMENT;
         megalodon::ChunkAttentionCall call{};
         call.dtype = dtype, call.past_dtype = past_dtype;
         call.B = B, call.H = H, call.T = T, call.S = S;

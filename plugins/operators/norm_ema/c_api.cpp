@@ -26,7 +26,7 @@ int mgd_timestep_norm_complex_ema(int dtype, int64_t B, int64_t T, int64_t D, in
         if (T > 0 && (!none_null(x, outputs[0], outputs[1]) || x == u || x == y || u == y)) return MGD_INVALID_ARGUMENT;
         if (N > MGD_MAX_MODES) return MGD_UNSUPPORTED;
         const size_t needed_bytes = megalodon::norm_ema_workspace_bytes(B, T, D, G, N);
-        if (workspace_bytes < needed_bytes || (needed_bytes > 0 && workspace == nullptr)) return MGD_INVALID_ARGUMENT;
+        if (!megalodon::is_workspace(workspace, workspace_bytes, needed_bytes)) return MGD_INVALID_ARGUMENT;
         const megalodon::TimestepNormInputs norm{B, T, D, G, x, past_norm, position, weight, epsilon};
         const megalodon::ComplexEmaInputs ema{dtype, B, T, D, N, u, past_cema, position, p, q, gamma, omega};
         const megalodon::NormEmaCall call{{norm, bias, nullptr, u, present_norm, workspace},

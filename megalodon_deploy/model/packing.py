@@ -33,20 +33,30 @@ def group_by_length(lengths: Sequence[int] | np.ndarray, max_padding: float = _M
     return [*groups, order[begin:]] if len(order) else []
 
 
-def run_documents(run: Callable[[Tensor], Tensor], tokens_BT: Tensor, documents: np.ndarray) -> Tensor:
+def run_documents(
+    run: Callable[[Tensor], Tensor],
+    tokens_BT: Tensor,
+    documents: np.ndarray,
+    num_runs: Callable[[int], int] = lambda own: own,
+) -> Tensor:
     """`run`'s outputs [B, T, D] with every document computed alone, zeros where no document is.
 
     Args:
         run: tokens [b, t] of fresh streams to [b, t, D]; called once per group of documents of similar lengths.
         tokens_BT: packed tokens.
         documents: as above; they do not overlap.
+        num_runs: from the number of groups to how often `run` is called, at least as often: processes that share the
+            work of a call must make equally many. What it gives beyond the groups counts nothing.
     """
     batch, num_tokens = tokens_BT.shape
-    if len(documents) == batch and (documents[:, 2] == num_tokens).all():
-        return run(tokens_BT)
     flat_tokens, begin = tokens_BT.flatten(), documents[:, 0] * num_tokens + documents[:, 1]
-    outputs, sources = [], []
-    for group in group_by_length(documents[:, 2]):
+    groups = group_by_length(documents[:, 2])
+    num_idle = num_runs(len(groups)) - len(groups)
+    if len(documents) == batch and (documents[:, 2] == num_tokens).all() and num_idle == 0:
+        return run(tokens_BT)
+    outputs = [run(flat_tokens[None, :2]).flatten(0, 1) for _ in range(num_idle)]
+    sources = [np.full(len(output), flat_tokens.numel()) for output in outputs]  # behind the last token
+    for group in groups:
         lengths = documents[group, 2]
         step = np.arange(lengths.max())
         inside = step < lengths[:, None]
@@ -55,5 +65,5 @@ def run_documents(run: Callable[[Tensor], Tensor], tokens_BT: Tensor, documents:
         outputs.append(out.flatten(0, 1)[torch.from_numpy(inside.ravel()).to(out.device)])
         sources.append(index[inside])
     joined, source = torch.cat(outputs), torch.from_numpy(np.concatenate(sources)).to(tokens_BT.device)
-    scattered = joined.new_zeros(batch * num_tokens, joined.shape[-1]).index_copy(0, source, joined)
-    return scattered.view(batch, num_tokens, -1)
+    scattered = joined.new_zeros(batch * num_tokens + 1, joined.shape[-1]).index_copy(0, source, joined)
+    return scattered[:-1].view(batch, num_tokens, -1)

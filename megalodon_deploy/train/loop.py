@@ -139,7 +139,8 @@ class Session:
             self.log.draw()
         if evaluated and settings.sample_tokens:  # on every rank: none may have the whole model
             seed = self.config.run.seed + trainer.num_steps
-            text = sample_text(trainer.model, self.tokenizer, settings.sample_prompt, settings.sample_tokens, seed)
+            with self.plan.reading():
+                text = sample_text(trainer.model, self.tokenizer, settings.sample_prompt, settings.sample_tokens, seed)
             if self.log:
                 self.log.sample(trainer.num_steps, text)
 

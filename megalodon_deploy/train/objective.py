@@ -5,6 +5,8 @@ One module, because wrappers of distributed training act on its forward. Shapes:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from torch import Tensor, nn
 
@@ -20,6 +22,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
         self.logits_at_once = logits_at_once
+        self.num_runs: Callable[[int], int] = lambda own: own  # of packed documents: see `run_documents`
 
     def forward(
         self,
@@ -37,7 +40,7 @@ class Objective(nn.Module):
         if documents is None:
             x_BTD, after = self.model.hidden(tokens_BT, state)
         else:
-            x_BTD = run_documents(lambda tokens: self.model.hidden(tokens)[0], tokens_BT, documents)
+            x_BTD = run_documents(lambda tokens: self.model.hidden(tokens)[0], tokens_BT, documents, self.num_runs)
         loss = chunked_cross_entropy(
             x_BTD.flatten(0, 1), self.model.output_matrix, targets_BT.flatten(), self.logits_at_once
         )

@@ -62,6 +62,10 @@ class Plan(Protocol):
         """Scale all gradients so that their norm is at most `max_norm`; returns the norm before."""
         ...
 
+    def reading(self) -> AbstractContextManager[None]:
+        """While it lasts the model may be called by itself, without gradients, by all ranks alike."""
+        ...
+
     def sum(self, value: Tensor) -> Tensor:
         """A scalar's sum over ranks."""
         ...
@@ -113,6 +117,9 @@ class OneProcess:
 
     def clip_gradients(self, objective: nn.Module, max_norm: float) -> Tensor:
         return torch.nn.utils.clip_grad_norm_(objective.parameters(), max_norm)
+
+    def reading(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def sum(self, value: Tensor) -> Tensor:
         return value

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from helpers import small_config
 from torch import Tensor
@@ -20,15 +21,19 @@ from torch import distributed as dist
 from train.traffic import Traffic
 
 from megalodon_deploy.model.megalodon import Megalodon, ModelState
+from megalodon_deploy.model.packing import group_by_length
 from megalodon_deploy.train.config import RunConfig
 from megalodon_deploy.train.objective import Objective
+from megalodon_deploy.train.parallel.dtensors import whole
 from megalodon_deploy.train.parallel.plan import Distributed, Layout
-from megalodon_deploy.train.parallel.traffic import chunk_bytes, replica_bytes
+from megalodon_deploy.train.parallel.traffic import chunk_bytes, replica_bytes, shard_bytes
 from megalodon_deploy.train.plan import OneProcess, Plan
 from megalodon_deploy.train.trainer import prepare_blocks
 
 BATCH = 4
 RESET_ROW = 1  # starts a new document with the second call
+DOCUMENTS = np.array([(0, 0, 24), (1, 0, 24), (2, 0, 3), (2, 5, 19), (3, 0, 9), (3, 9, 15)])  # row, first token, length
+CLIP_NORM = 0.3
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ class Case:
     """A way of training; `tolerance` is relative, of float32 unless `dtype` says otherwise."""
 
     chunk: int = 1
+    shard: bool = False
+    documents: bool = False
     tolerance: float = 1e-5
     dtype: torch.dtype = torch.float32
     bfloat16: bool = False
@@ -60,6 +67,14 @@ CASES = {
     "chunk none": Case(chunk=2, recompute=True, model={"ema": "none"}, **EXACT),
     "chunk layer": Case(chunk=2, recompute=True, model={"stream_norm": "layer"}, **EXACT),
     "chunk without memory": Case(chunk=2, model={"ema": "none", "stream_norm": "layer"}, **EXACT),
+    "shard": Case(shard=True),
+    "shard exact": Case(shard=True, recompute=True, **EXACT),
+    "shard compiled": Case(shard=True, compile=True, recompute=True),
+    "shard bfloat16": Case(shard=True, bfloat16=True, tolerance=2e-2),
+    "shard real": Case(shard=True, model={"ema": "real", "share_emb": True}, **EXACT),
+    "shard documents": Case(shard=True, documents=True, recompute=True, **EXACT),
+    "shard chunk": Case(shard=True, chunk=2),
+    "shard chunk exact": Case(shard=True, chunk=2, recompute=True, **EXACT),
     "four chunks": Case(chunk=4, **EXACT),
     "four chunks recomputed": Case(chunk=4, recompute=True),
 }
@@ -78,6 +93,7 @@ def make_model(case: Case) -> Megalodon:
 @dataclass
 class Outcome:
     loss: Tensor
+    norm: Tensor
     evaluation: Tensor
     grads: dict[str, Tensor]
     state: ModelState
@@ -90,6 +106,8 @@ def two_calls(case: Case, plan: Plan, tokens: Tensor) -> Outcome:
     prepare_blocks(model, case.run, plan)
     objective = plan.prepare(Objective(model, 1000))
     rows, length = plan.rows(BATCH), tokens.shape[1] // 2
+    inside = (DOCUMENTS[:, 0] >= rows.start) & (DOCUMENTS[:, 0] < rows.stop)
+    documents = DOCUMENTS[inside] - [rows.start, 0, 0] if case.documents else None
     loss = torch.zeros((), dtype=torch.float64)
     state: ModelState | None = None
     traffic = Traffic()
@@ -100,16 +118,19 @@ def two_calls(case: Case, plan: Plan, tokens: Tensor) -> Outcome:
             state = ModelState(state.position.masked_fill(fresh, 0), state.tensors)
         with nullcontext() if case.compile else traffic:  # nothing is compiled under such a mode
             with torch.autocast("cpu", torch.bfloat16, enabled=case.bfloat16):
-                value, state = objective(tokens[rows, part], tokens[rows, begin + 1 : begin + length + 1], None, state)
+                targets = tokens[rows, begin + 1 : begin + length + 1]
+                value, state = objective(tokens[rows, part], targets, documents, state)
             value.backward()
         loss += value.detach()
-        state = state.detach()
+        state = state and state.detach()
     plan.reduce_gradients(objective)
+    norm = plan.clip_gradients(objective, CLIP_NORM)
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     with torch.no_grad():
         evaluation = objective(tokens[:, :length], tokens[:, 1 : length + 1])[0]
-    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    assert state is not None
-    return Outcome(plan.sum(loss), evaluation, grads, state, traffic.received)
+    grads = {name: whole(grad).clone() for name, grad in grads.items()}
+    state = state or ModelState(torch.zeros(BATCH)[rows], {})
+    return Outcome(plan.sum(loss), norm, evaluation, grads, state, traffic.received)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -123,7 +144,7 @@ def errors(case: Case) -> dict[str, float]:
     torch.manual_seed(1)
     tokens = torch.randint(0, 40, (BATCH, 2 * 24 * case.chunk + 1))
     expected = two_calls(case, OneProcess(device), tokens)
-    plan = Distributed(Layout(world_size // case.chunk, case.chunk), device)
+    plan = Distributed(Layout(world_size // case.chunk, case.chunk, shard=case.shard), device)
     found = two_calls(case, plan, tokens)
     assert found.grads.keys() == expected.grads.keys()
     rows = plan.rows(BATCH)
@@ -134,6 +155,7 @@ def errors(case: Case) -> dict[str, float]:
     received = sum(size for name, size in found.received.items() if name != "broadcast_")  # DDP's, once in a run
     found_errors = {
         "loss": relative(found.loss, expected.loss),
+        "norm": relative(found.norm, expected.norm),
         "evaluation": relative(found.evaluation, expected.evaluation),
         "gradient": max(relative(found.grads[name], gradient) for name, gradient in expected.grads.items()),
         "state": max(states, default=0.0),
@@ -147,7 +169,14 @@ def claimed_bytes(case: Case, rows: int) -> float:
     """Of one call."""
     config, itemsize = small_config(vocab_size=40, **case.model), case.dtype.itemsize
     exchanged = chunk_bytes(config, rows, case.chunk, itemsize) if case.chunk > 1 else 0
-    return exchanged + replica_bytes(config, dist.get_world_size(), itemsize)
+    world_size = dist.get_world_size()
+    if not case.shard:
+        return exchanged + replica_bytes(config, world_size, itemsize)
+    if not case.documents:
+        return exchanged + shard_bytes(config, world_size, itemsize)
+    runs = max(len(group_by_length(DOCUMENTS[DOCUMENTS[:, 0] // rows == rank, 2])) for rank in range(world_size))
+    agreed = 2 * torch.int64.itemsize * (1 - 1 / world_size)  # how often the blocks run
+    return shard_bytes(config, world_size, itemsize, runs) + agreed
 
 
 def main(report: str, *names: str) -> None:

@@ -19,7 +19,8 @@ from megalodon_deploy.train.parallel.plan import Layout
 
 TWO = ["data", "chunk", "chunk exact", "chunk recomputed", "chunk compiled", "chunk bfloat16", "chunk real"]
 TWO += ["chunk none", "chunk layer", "chunk without memory"]
-FOUR = ["chunk", "four chunks", "four chunks recomputed"]
+TWO += ["shard", "shard exact", "shard compiled", "shard bfloat16", "shard real", "shard documents"]
+FOUR = ["chunk", "four chunks", "four chunks recomputed", "shard exact", "shard chunk", "shard chunk exact"]
 
 
 @pytest.mark.parametrize(("num_processes", "cases"), [(2, TWO), (4, FOUR)], ids=["2", "4"])
@@ -31,16 +32,25 @@ def test_gradients_are_those_of_one_process(num_processes: int, cases: list[str]
     errors: dict[str, dict[str, float]] = json.loads(report.read_text())
     assert list(errors) == cases
     for case in cases:
-        assert set(errors[case]) == {"loss", "evaluation", "gradient", "state", "bytes"}
+        assert set(errors[case]) == {"loss", "norm", "evaluation", "gradient", "state", "bytes"}
         for name, error in errors[case].items():
             assert error <= 1, f"{case}: {name} {error:.3g} times the tolerance"  # False for NaN
 
 
-@pytest.mark.parametrize(("num_processes", "chunk"), [(2, 1), (2, 2), (4, 2)], ids=["data", "chunk", "data x chunk"])
-def test_a_run_is_the_same_on_any_number_of_processes(num_processes: int, chunk: int, tmp_path: Path) -> None:
+SHARED_OUT = {"parallel__shard": True, "log__sample_tokens": 3, "run__micro_batch_size": 1}
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "chunk", "settings"),
+    [(2, 1, {}), (2, 2, {}), (4, 2, {}), (2, 1, SHARED_OUT)],
+    ids=["data", "chunk", "data x chunk", "shard"],
+)
+def test_a_run_is_the_same_on_any_number_of_processes(
+    num_processes: int, chunk: int, settings: dict[str, Any], tmp_path: Path
+) -> None:
     """Streams carry their state from step to step, so a wrong state shows in the second loss."""
     alone = train(parallel_run(tmp_path, "alone", 1))
-    run_cli(num_processes, parallel_run(tmp_path, "together", chunk), tmp_path)
+    run_cli(num_processes, parallel_run(tmp_path, "together", chunk, **settings), tmp_path)
     torch.testing.assert_close(losses(tmp_path / "together"), losses(alone.path), rtol=2e-5, atol=0)
     expected = weights(alone.path)
     for name, found in weights(tmp_path / "together").items():
@@ -48,12 +58,17 @@ def test_a_run_is_the_same_on_any_number_of_processes(num_processes: int, chunk:
 
 
 def test_a_run_goes_on_on_another_number_of_processes(tmp_path: Path) -> None:
+    """From chunks over two processes to one, and on with weights over two."""
     whole = train(parallel_run(tmp_path, "whole", 1))
-    run_cli(2, parallel_run(tmp_path, "moved", 2, checkpoint__every_steps=3), tmp_path)
-    folder = RunFolder(tmp_path / "moved", keep=2)
-    assert folder.steps() == [3, 6]
+    often = {"checkpoint__every_steps": 2, "checkpoint__keep": 3, "evaluation__every_steps": 6}
+    run_cli(2, parallel_run(tmp_path, "moved", 2, **often), tmp_path)
+    folder = RunFolder(tmp_path / "moved", keep=3)
+    for step in (4, 6):
+        shutil.rmtree(folder.path(step))
+    train(parallel_run(tmp_path, "moved", 1, **often), resume=True)
     shutil.rmtree(folder.path(6))
-    train(parallel_run(tmp_path, "moved", 1), resume=True)
+    run_cli(2, parallel_run(tmp_path, "moved", 1, parallel__shard=True, **often), tmp_path, "--resume")
+    assert folder.steps() == [2, 4, 6]
     torch.testing.assert_close(losses(tmp_path / "moved"), losses(whole.path), rtol=2e-5, atol=0)
 
 

@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+_CLIP_EPSILON = 1e-6  # as in PyTorch's own clipping
 
 
 def by_kind(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
@@ -41,10 +44,22 @@ def part_of(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """As `clip_grad_norm_`, for parameters of several kinds."""
-    groups = by_kind(parameter for parameter in parameters if parameter.grad is not None)
-    norms = [whole(nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups]
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    """As `clip_grad_norm_`, for parameters of several kinds: one sum over ranks for each kind, not for each tensor."""
+    groups = [[parameter.grad for parameter in group if parameter.grad is not None] for group in by_kind(parameters)]
+    groups = [group for group in groups if group]
+    norm = torch.stack([_square(group) for group in groups]).sum().sqrt()
+    factor = (max_norm / (norm + _CLIP_EPSILON)).clamp(max=1)
     for group in groups:
-        nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+        torch._foreach_mul_([local(gradient) for gradient in group], factor.to(group[0].dtype))
     return norm
+
+
+def _square(gradients: list[Tensor]) -> Tensor:
+    """The sum of all squares, float64, of gradients that are cut alike."""
+    square = torch.stack(torch._foreach_norm([local(gradient) for gradient in gradients])).double().square().sum()
+    if isinstance(first := gradients[0], DTensor):
+        for axis, placement in enumerate(first.placements):
+            assert not placement.is_partial(), "Bug: a gradient that is not summed"
+            if placement.is_shard():
+                dist.all_reduce(square, group=first.device_mesh.get_group(axis))
+    return square

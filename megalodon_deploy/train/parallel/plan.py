@@ -2,17 +2,20 @@
 
 Ranks with the same place on the `data` axis compute parts of the same rows; `tensor` is the inner axis, then `chunk`:
 those that exchange most are neighbours on a machine. Gradients are summed over data and chunk ranks: by PyTorch's
-DistributedDataParallel during the backward pass, or after it where ranks hold parts of the weights.
+DistributedDataParallel during the backward pass, or by FSDP2 that shares out the weights over these ranks, or after it
+where tensor ranks hold parts of the weights.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -22,6 +25,7 @@ from megalodon_deploy.train.config import TrainConfig
 from megalodon_deploy.train.objective import Objective
 from megalodon_deploy.train.parallel.chunk import ChunkParallel
 from megalodon_deploy.train.parallel.dtensors import by_kind, clip_gradients, local, part_of, whole
+from megalodon_deploy.train.parallel.shard import gathered_root, shard_weights
 from megalodon_deploy.train.parallel.tensor import cut_state, join_state, parallelize, supported_ways
 from megalodon_deploy.train.plan import Contexts, OneProcess, Snapshot, join_rows
 
@@ -30,11 +34,12 @@ DATA, CHUNK, TENSOR = "data", "chunk", "tensor"
 
 @dataclass(frozen=True)
 class Layout:
-    """How many ranks each axis has."""
+    """How many ranks each axis has, and whether those of data and chunk share the weights out."""
 
     data: int
     chunk: int
     tensor: int = 1
+    shard: bool = False
 
     @property
     def replicas(self) -> int:
@@ -67,34 +72,47 @@ class Layout:
                 f"parallel.chunk = {chunk} needs data.rows = windows or streams and a run.seq_len that is a multiple "
                 f"of {segment}; found {config.data.rows}, {run.seq_len}"
             )
-        return cls(data, chunk, tensor)
+        if config.parallel.shard and tensor > 1:
+            raise TrainError(f"parallel.shard = true with parallel.tensor = {tensor}: choose one of the two")
+        return cls(data, chunk, tensor, config.parallel.shard)
 
 
 class Distributed(OneProcess):
-    """One rank of several; weights and moments are the same on all of them."""
+    """One rank of several. Weights and moments are the same on all of them, or shared out."""
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         super().__init__(device)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.layout = layout
         self._chunks: ChunkParallel | None = None
+        self._sharded: FSDPModule | None = None
         shape = (layout.data, layout.chunk, layout.tensor)
         self._mesh: DeviceMesh = init_device_mesh(device.type, shape, mesh_dim_names=(DATA, CHUNK, TENSOR))
         replicas = init_device_mesh(device.type, (layout.replicas, layout.tensor), mesh_dim_names=("replicas", TENSOR))
-        self._replicas = replicas.get_group("replicas")
+        self._replicas = replicas["replicas"]
 
     def rows(self, batch_size: int) -> slice:
         count, place = batch_size // self.layout.data, self._mesh.get_local_rank(DATA)
         return slice(place * count, (place + 1) * count)
 
     def prepare(self, objective: Objective) -> nn.Module:
-        module: nn.Module = super().prepare(objective)
+        module: nn.Module = objective if self.layout.shard else super().prepare(objective)
         self._config = objective.model.config
         if self.layout.tensor > 1:
             parallelize(objective.model, self._mesh[TENSOR])
         if self.layout.chunk > 1:
             module = self._chunks = ChunkParallel(objective, self._mesh.get_group(CHUNK))
+        if self.layout.shard:
+            self._sharded = shard_weights(module, objective.model, self._replicas)
+            objective.num_runs = self._most
+            return module
         return module if self.layout.tensor > 1 else DistributedDataParallel(module)
+
+    def _most(self, count: int) -> int:
+        """The largest count of any rank."""
+        most = torch.tensor(count, device=self.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return int(most)
 
     def parameter_groups(self, objective: nn.Module) -> list[list[nn.Parameter]]:
         return by_kind(objective.parameters())
@@ -103,20 +121,27 @@ class Distributed(OneProcess):
         return self._chunks.recomputation() if self._chunks else super().recomputation()
 
     def reduce_gradients(self, objective: nn.Module) -> None:
+        if self._sharded is not None:
+            return  # the backward pass has left sums
         gradients = [local(parameter.grad) for parameter in objective.parameters() if parameter.grad is not None]
         if isinstance(objective, DistributedDataParallel):  # the backward pass has left the mean over ranks
             for gradient in gradients:
                 gradient *= self.world_size
         elif self.layout.replicas > 1:
-            for work in [dist.all_reduce(gradient, group=self._replicas, async_op=True) for gradient in gradients]:
+            for work in [
+                dist.all_reduce(gradient, group=self._replicas.get_group(), async_op=True) for gradient in gradients
+            ]:
                 work.wait()
 
     def clip_gradients(self, objective: nn.Module, max_norm: float) -> Tensor:
         return clip_gradients(objective.parameters(), max_norm)
 
+    def reading(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._sharded is None else gathered_root(self._sharded)
+
     def sum(self, value: Tensor) -> Tensor:
         total = value.clone()
-        dist.all_reduce(total, group=self._replicas)
+        dist.all_reduce(total, group=self._replicas.get_group())
         return total
 
     def any(self, flag: bool) -> bool:
@@ -128,6 +153,8 @@ class Distributed(OneProcess):
         if state is not None:
             state = join_state(self._gathered(state, TENSOR), self._config)
             state = join_rows(self._gathered(state, DATA))
+        if self._sharded is not None:
+            self._sharded.reshard()  # an evaluation leaves the root's weights whole
         snapshot = super().capture(model, optimizer, state)
         return snapshot if self.rank == 0 else None
 

@@ -20,6 +20,20 @@ def replica_bytes(config: MegalodonConfig, world_size: int, itemsize: int = _FLO
     return 2 * size_bytes * (world_size - 1) / world_size
 
 
+def shard_bytes(config: MegalodonConfig, world_size: int, itemsize: int = _FLOAT32_BYTES, runs: int = 1) -> int:
+    """Of weights in parts: they are gathered forward, those of the blocks again backward, and gradients are summed
+    where they are kept. Parts are as long as the longest, so a first axis is filled up to a multiple of W. Packed
+    documents run, and so gather, the blocks once for each of `runs` groups of similar lengths.
+    """
+    received = 0
+    for spec in parameter_specs(config):
+        is_block, is_summed = spec.name.startswith("layers."), is_trained(config, spec)
+        times = (2 * runs if is_block else 1) + is_summed
+        part = -(-spec.shape[0] // world_size) * math.prod(spec.shape[1:])
+        received += times * (world_size - 1) * part * itemsize
+    return received
+
+
 def chunk_bytes(config: MegalodonConfig, rows: int, world_size: int, itemsize: int = _FLOAT32_BYTES) -> int:
     """Of sequences over `world_size` ranks: the operators' summaries, and in the backward pass the gradients' sum.
 

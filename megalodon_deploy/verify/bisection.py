@@ -18,7 +18,6 @@ from megalodon_deploy.bundle import Bundle, Precision
 from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.export.precision import write_widened
 from megalodon_deploy.model.megalodon import Megalodon
-from megalodon_deploy.runtime.executors.onnxruntime import missing_on_cpu
 from megalodon_deploy.state import LOGITS, POSITION, TOKENS, state_specs
 from megalodon_deploy.verify.candidates import ACTIVATIONS, graph_contract
 from megalodon_deploy.verify.compare import ContractCompare, ExpectedTensor
@@ -57,15 +56,15 @@ class Bisection:
         return f"first tensor out of tolerance: {self.first.describe()}"
 
 
-def bisect(bundle: Bundle, model: Megalodon, schedule: Schedule, seed: int) -> Bisection:
+def bisect(bundle: Bundle, model: Megalodon, schedule: Schedule, seed: int, *, widened: bool = False) -> Bisection:
     """Run a schedule's calls with inner tensors compared, up to the first call with a miss or to the end.
 
-    `model` is the reference; `seed` is that of the verification, so that the calls are the same ones.
+    `model` is the reference; `seed` is that of the verification, so that the calls are the same ones. `widened`: run
+    the graph widened to float32, whose tolerances are sharper and which ONNX Runtime has for every precision.
     """
-    is_widened = missing_on_cpu(bundle.manifest) is not None
-    precision: Precision = "fp32" if is_widened else bundle.manifest.precision
+    precision: Precision = "fp32" if widened else bundle.manifest.precision
     with tempfile.TemporaryDirectory(prefix="megalodon-verify.") as folder:
-        path = write_widened(bundle, Path(folder)) if is_widened else bundle.model_path
+        path = write_widened(bundle, Path(folder)) if widened else bundle.model_path
         names = tapped_names(onnx.load(path, load_external_data=False).graph, bundle.config)
         session = load_tapped(path, iter(names))
     contract = graph_contract(bundle, precision)

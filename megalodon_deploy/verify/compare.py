@@ -67,7 +67,7 @@ def expected_outputs(config: MegalodonConfig, call: Call, contract: Contract) ->
     return {tensor.name: tensor for tensor in outputs}
 
 
-_ORDER = ("norm", "cema", "value_scale", "value", "key_scale", "key")
+_ORDER = ("norm", "cema", "value", "value_scale", "key", "key_scale")  # a row's codes tell more than its scale
 
 
 def _dataflow(spec: StateSpec) -> tuple[float, int]:

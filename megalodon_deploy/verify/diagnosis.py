@@ -23,6 +23,8 @@ from megalodon_deploy.verify.finding import Finding, in_words
 from megalodon_deploy.verify.schedule import Call, Schedule
 
 _FAR = 2**31
+_CLEARLY = 10.0  # times its tolerance is what float32 statistics are off by, far in a stream, and more
+CONTRACT = "contract"  # a name: outputs that are missing, misshapen or never came
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class _Pattern:
 
     @property
     def kind(self) -> str:
-        return self.finding.kind.split(" ")[0]
+        return self.finding.kind.split(" ")[0].removesuffix("_scale")  # scales go with the codes that they are for
 
     @property
     def what(self) -> str:
@@ -121,7 +123,7 @@ def _name(pattern: _Pattern) -> tuple[str, str]:
     """Name and explanation; the rules of the module's table, the surest first."""
     first, missed, passed, what = pattern.finding, pattern.missed, pattern.passed, pattern.what
     if first.problem is not None and not pattern.not_finite:
-        return "contract", f"{what}: {first.problem}"
+        return CONTRACT, f"{what}: {first.problem}"
     if first.hint.startswith("heads"):
         return "swapped heads", f"{what}: {first.hint}"
     handovers = {case.call.handover for case in missed}
@@ -132,7 +134,7 @@ def _name(pattern: _Pattern) -> tuple[str, str]:
         )
     if all(case.starts for case in missed) and any(not case.starts for case in passed):
         return "stale slot", f"{what} is off where a stream starts in used memory: what lies there has an effect"
-    if all(case.position >= _FAR for case in missed) and passed:
+    if all(case.position >= _FAR for case in missed) and passed and first.share > _CLEARLY:
         return _far_name(pattern)
     if all(not case.starts for case in missed):
         return _later_name(pattern)

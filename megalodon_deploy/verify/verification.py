@@ -12,9 +12,10 @@ from polygraphy.comparator import RunResults
 from megalodon_deploy.bundle import Bundle
 from megalodon_deploy.errors import UserError
 from megalodon_deploy.model.megalodon import Megalodon
+from megalodon_deploy.runtime.executors.onnxruntime import missing_on_cpu
 from megalodon_deploy.runtime.session import open_session
-from megalodon_deploy.verify.bisection import Bisection, bisect
-from megalodon_deploy.verify.candidates import ACTIVATIONS, cpu_candidates, session_backend
+from megalodon_deploy.verify.bisection import bisect
+from megalodon_deploy.verify.candidates import ACTIVATIONS, WIDENED, cpu_candidates, session_backend
 from megalodon_deploy.verify.comparison import (
     Candidate,
     Tick,
@@ -23,6 +24,7 @@ from megalodon_deploy.verify.comparison import (
     reference_efforts,
     run_references,
 )
+from megalodon_deploy.verify.diagnosis import CONTRACT
 from megalodon_deploy.verify.engines import engine_candidates
 from megalodon_deploy.verify.finding import Finding
 from megalodon_deploy.verify.long_stream import run_long_stream
@@ -98,10 +100,11 @@ def run_verification(bundle: Bundle, options: VerifyOptions, progress: Progress 
         seconds=0.0,
         quality=bundle.manifest.quality,
     )
-    bisection = _bisect(bundle, options, report) if options.bisect else None
+    if options.bisect:
+        report = _bisected(bundle, options, report)
     streamed = _part(progress, _COMPARED, 1.0)
     long_stream = None if options.tokens is None else run_long_stream(bundle, options.tokens, streamed)
-    return replace(report, bisection=bisection, long_stream=long_stream, seconds=time.perf_counter() - begin)
+    return replace(report, long_stream=long_stream, seconds=time.perf_counter() - begin)
 
 
 def _compute_references(
@@ -148,16 +151,23 @@ def _compare_text(
         return [], [NotRun(f"text with {backend}", " ".join(str(error).split()))]
 
 
-def _bisect(bundle: Bundle, options: VerifyOptions, report: VerifyReport) -> Bisection | None:
-    """Of the schedule whose miss is nearest to the cause; None where nothing missed or no graph can be run."""
-    first = next((diagnosis.first for diagnosis in report.diagnoses), None)
-    if first is None:
-        return None
+def _bisected(bundle: Bundle, options: VerifyOptions, report: VerifyReport) -> VerifyReport:
+    """With what the graph shows inside, in the schedule of the miss that is nearest to the cause.
+
+    Left as it is where nothing missed; a graph that breaks the contract has no tensors to compare.
+    """
+    if not report.diagnoses:
+        return report
+    diagnosis = report.diagnoses[0]
+    if diagnosis.name == CONTRACT:
+        not_run = NotRun("bisection", f"{diagnosis.candidate} breaks the contract")
+        return replace(report, not_run=(*report.not_run, not_run))
     seed, schedule = next(
-        (seed, schedule) for seed, schedule in enumerate(report.schedules) if schedule.name == first.schedule
+        (seed, schedule) for seed, schedule in enumerate(report.schedules) if schedule.name == diagnosis.first.schedule
     )
     model, _ = load_reference(bundle, options.ckpt)
-    return bisect(bundle, model, schedule, seed)
+    is_widened = diagnosis.candidate == WIDENED or missing_on_cpu(bundle.manifest) is not None
+    return replace(report, bisection=bisect(bundle, model, schedule, seed, widened=is_widened))
 
 
 def _run(

@@ -18,11 +18,13 @@ from megalodon_deploy.export import export_checkpoint
 from megalodon_deploy.model.checkpoint import save_checkpoint
 from megalodon_deploy.model.megalodon import Megalodon
 from megalodon_deploy.state import LOGITS, POSITION, TOKENS, state_specs
+from megalodon_deploy.verify import verification, verify_bundle
 from megalodon_deploy.verify.candidates import carried_candidate
 from megalodon_deploy.verify.compare import Contract
 from megalodon_deploy.verify.comparison import compare_candidate, run_references
 from megalodon_deploy.verify.finding import Finding
 from megalodon_deploy.verify.reference import CallByCallRunner, WholeSequenceRunner, make_start
+from megalodon_deploy.verify.report import VerifyReport
 from megalodon_deploy.verify.runners import make_feeds
 from megalodon_deploy.verify.schedule import Schedule
 from megalodon_deploy.verify.tolerance import tolerances
@@ -30,6 +32,7 @@ from megalodon_deploy.verify.tolerance import tolerances
 Arrays = dict[str, np.ndarray]
 Fault = Callable[[Arrays], Arrays]
 Find = Callable[..., list[Finding]]
+Verify = Callable[..., VerifyReport]
 
 
 class ModelAsGraph(BaseRunner):
@@ -80,6 +83,38 @@ def checkpoint(model: Megalodon, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="session")
 def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return export_checkpoint(checkpoint, tmp_path_factory.mktemp("bundle") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text("To be, or not to be: that is the question. ")
+    return path
+
+
+@pytest.fixture
+def verify_copy(text: Path, references: dict[object, object], monkeypatch: pytest.MonkeyPatch) -> Verify:
+    """verify_copy(bundle, ckpt, **options): `verify_bundle` over a short text. What PyTorch computes with a checkpoint
+    is computed once: the copies of a bundle differ in their graphs."""
+    compute = verification._compute_references
+
+    def compute_once(bundle: Bundle, options: verification.VerifyOptions, *rest: object) -> object:
+        key = (options.ckpt, bundle.config, bundle.manifest.precision, repr(bundle.manifest.quantization))
+        if key not in references:
+            references[key] = compute(bundle, options, *rest)
+        return references[key]
+
+    def verify(bundle: Bundle, ckpt: Path, *, bisect: bool = False) -> VerifyReport:
+        monkeypatch.setattr(verification, "_compute_references", compute_once)
+        return verify_bundle(bundle, ckpt=ckpt, text=text, bisect=bisect)
+
+    return verify
+
+
+@pytest.fixture(scope="session")
+def references() -> dict[object, object]:
+    """What PyTorch computed, by checkpoint and the kind of bundle."""
+    return {}
 
 
 @pytest.fixture(scope="session")

@@ -161,3 +161,67 @@ def rename_input(model: onnx.ModelProto) -> None:
 
 def break_graph(model: onnx.ModelProto) -> None:
     node(model, "call.past_is_filled").op_type = "NoSuchOperator"
+
+
+def replace_value(model: onnx.ModelProto, value: str, steps: list[onnx.NodeProto]) -> None:
+    """Let `steps` make `value` of what its node makes, which they read as `VALUE.right`."""
+    producer = node(model, value)
+    producer.output[list(producer.output).index(value)] = f"{value}.right"
+    place = list(model.graph.node).index(producer) + 1
+    for index, extra in enumerate(steps):
+        model.graph.node.insert(place + index, extra)
+
+
+def bend(value: str) -> Fault:
+    """x + x^2/20 instead of x, inside the graph; a mere factor would not show behind a norm."""
+
+    def apply(model: onnx.ModelProto) -> None:
+        right, square, part = f"{value}.right", f"{value}.square", f"{value}.part"
+        model.graph.initializer.append(numpy_helper.from_array(np.float32(0.05), "constants.part"))
+        steps = [
+            helper.make_node("CastLike", ["constants.part", right], ["part"]),
+            helper.make_node("Mul", [right, right], [square]),
+            helper.make_node("Mul", [square, "part"], [part]),
+            helper.make_node("Add", [right, part], [value]),
+        ]
+        replace_value(model, value, steps)
+
+    apply.__name__ = value
+    return apply
+
+
+def truncate_codes(model: onnx.ModelProto) -> None:
+    """Towards zero, where the nearest code is due."""
+    value = "layers.0.mega.attention.key_scaled"
+    steps = [
+        helper.make_node("Sign", [f"{value}.right"], ["sign"]),
+        helper.make_node("Abs", [f"{value}.right"], ["magnitude"]),
+        helper.make_node("Floor", ["magnitude"], ["floor"]),
+        helper.make_node("Mul", ["floor", "sign"], [value]),
+    ]
+    replace_value(model, value, steps)
+
+
+def swap_past_scales(model: onnx.ModelProto) -> None:
+    rename_in(model, "ChunkAttention", "past_key_scale.0", "kept")
+    rename_in(model, "ChunkAttention", "past_value_scale.0", "past_key_scale.0")
+    rename_in(model, "ChunkAttention", "kept", "past_value_scale.0")
+
+
+def attend_at_the_next_position(model: onnx.ModelProto) -> None:
+    rename_in(model, "ChunkAttention", "position", "next_position")
+    model.graph.node.insert(0, helper.make_node("Add", ["position", "constants.one"], ["next_position"]))
+
+
+def swap_quantised_value_heads(model: onnx.ModelProto) -> None:
+    for part in ("codes", "scales"):
+        change_weight(f"layers.1.mega.wv.weight.{part}", swap_halves)(model)
+
+
+def swap_halves(values: np.ndarray) -> np.ndarray:
+    """The columns of two heads."""
+    return np.roll(values, values.shape[1] // 2, axis=1)
+
+
+def move_rows(codes: np.ndarray) -> np.ndarray:
+    return np.roll(codes, 1, axis=0)

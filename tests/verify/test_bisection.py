@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,9 +11,9 @@ import pytest
 import torch
 from export_helpers import export_seeded
 from helpers import small_config
-from onnx import helper
 from verify import graph_faults as faults
-from verify.graph_faults import Fault, change_weight, node, spoil
+from verify.conftest import Verify
+from verify.graph_faults import Fault, bend, change_weight, spoil
 
 from megalodon_deploy.bundle import Bundle, Precision
 from megalodon_deploy.export import load_bundle_model
@@ -21,27 +22,6 @@ from megalodon_deploy.verify import verify_bundle
 from megalodon_deploy.verify.bisection import bisect
 from megalodon_deploy.verify.schedule import plan_schedules
 from megalodon_deploy.verify.taps import collect, tapped_names
-
-
-def bend(value: str) -> Fault:
-    """x + x^2/100 instead of x, inside the graph; a mere factor would not show behind a norm."""
-
-    def apply(model: onnx.ModelProto) -> None:
-        producer = node(model, value)
-        producer.output[list(producer.output).index(value)] = f"{value}.right"
-        right, square, part = f"{value}.right", f"{value}.square", f"{value}.part"
-        model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(0.01), "constants.part"))
-        wrong = [
-            helper.make_node("Mul", [right, right], [square]),
-            helper.make_node("Mul", [square, "constants.part"], [part]),
-            helper.make_node("Add", [right, part], [value]),
-        ]
-        place = list(model.graph.node).index(producer) + 1
-        for index, extra in enumerate(wrong):
-            model.graph.node.insert(place + index, extra)
-
-    apply.__name__ = value
-    return apply
 
 
 @pytest.mark.parametrize(
@@ -59,11 +39,11 @@ def bend(value: str) -> Fault:
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_the_first_wrong_tensor_is_named(
-    bundle: Bundle, checkpoint: Path, tmp_path: Path, fault: Fault, tensor: str
+    bundle: Bundle, checkpoint: Path, verify_copy: Verify, tmp_path: Path, fault: Fault, tensor: str
 ) -> None:
     spoilt = spoil(bundle, tmp_path / "spoilt", fault)
     before = {path.name: sha256_file(path) for path in spoilt.path.iterdir()}
-    report = verify_bundle(spoilt, ckpt=checkpoint, bisect=True)
+    report = verify_copy(spoilt, checkpoint, bisect=True)
     assert {path.name: sha256_file(path) for path in spoilt.path.iterdir()} == before
     assert report.bisection is not None
     first = report.bisection.first
@@ -76,17 +56,35 @@ def test_the_first_wrong_tensor_is_named(
     assert all(row[-1] == "passed" for row in rows[: next(i for i, n in enumerate(names) if f"({tensor})" in n)])
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("switches", [{}, {"swiglu": True, "scale_emb": True, "norm_affine": False}])
+SWITCHES = {"swiglu": True, "scale_emb": True, "norm_affine": False}
+SIZES = {"model_dim": 64, "z_dim": 32, "value_dim": 64, "ffn_hidden_dim": 96, "norm_num_groups": 4}
+
+
+@pytest.mark.parametrize(
+    ("precision", "config", "options"),
+    [
+        ("fp32", {}, {}),
+        ("fp32", SWITCHES | {"share_emb": True}, {"attention": "plugin"}),
+        ("fp32", SIZES, {"quantize": "int8", "kv_dtype": "fp8"}),
+        ("fp16", {}, {}),
+        ("fp16", SWITCHES, {"kv_dtype": "int8"}),
+        ("fp16", SIZES, {"quantize": "int4", "kv_dtype": "fp8", "attention": "plugin"}),
+        ("bf16", {}, {"kv_dtype": "int8"}),
+        ("bf16", SWITCHES | SIZES, {"quantize": "int4", "attention": "plugin"}),
+    ],
+    ids=str,
+)
 def test_in_a_right_graph_every_tensor_is_right(
-    tmp_path: Path, precision: Precision, switches: dict[str, bool]
+    tmp_path: Path, precision: Precision, config: dict[str, Any], options: dict[str, Any]
 ) -> None:
-    bundle = export_seeded(tmp_path, small_config(vocab_size=256, **switches), precision=precision)
+    bundle = export_seeded(tmp_path, small_config(vocab_size=256, **config), precision=precision, **options)
     model = load_bundle_model(bundle)
+    graph = onnx.load(bundle.model_path, load_external_data=False).graph
     for seed, schedule in enumerate(plan_schedules(bundle.config)[:2]):
-        bisection = bisect(bundle, model, schedule, seed)
+        bisection = bisect(bundle, model, schedule, seed, widened=precision == "bf16")
         assert bisection.first is None, bisection.describe()
         assert bisection.call == len(schedule.calls) - 1
+        assert {finding.tensor for finding in bisection.findings} == set(tapped_names(graph, bundle.config))
         assert "executor's optimisation" in bisection.describe()
 
 

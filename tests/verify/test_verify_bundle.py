@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from helpers import small_config
 from verify import graph_faults as faults
+from verify.conftest import Verify
 from verify.graph_faults import Fault, change_weight, spoil
 
 from megalodon_deploy.bundle import Bundle, Precision
@@ -142,9 +143,9 @@ def test_a_model_with_every_switch(tmp_path: Path) -> None:
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_a_fault_is_found_where_it_is_and_named(
-    bundle: Bundle, checkpoint: Path, tmp_path: Path, fault: Fault, tensor: str, name: str
+    bundle: Bundle, checkpoint: Path, verify_copy: Verify, tmp_path: Path, fault: Fault, tensor: str, name: str
 ) -> None:
-    report = verify_bundle(spoil(bundle, tmp_path / "spoilt", fault), ckpt=checkpoint)
+    report = verify_copy(spoil(bundle, tmp_path / "spoilt", fault), checkpoint)
     assert not report.passed
     diagnosis = next(diagnosis for diagnosis in report.diagnoses if diagnosis.candidate == "onnxruntime")
     assert diagnosis.first.tensor == tensor, report.verdict()

@@ -148,7 +148,7 @@ def build(demo: Demo, bundle: Path) -> Row:
         reason = f"TensorRT-RTX has no package for {platform.system()} {platform.machine()}, or it is not installed"
         demo.say(f"skipped `{PROGRAM} {shlex.join(str(word) for word in command)}`: {reason}")
         return ("build", f"not built: {reason}", "-", "-")
-    result = demo.result(*command)
+    (result,) = demo.result(*command)["engines"]
     targets = ", ".join(f"{capability / 10:.1f}" for capability in result["compute_capabilities"])
     what = f"{result['flavour']} {result['version']}, {result['num_plugin_layers']} plugin layers"
     demo.say(f"{what}, for GPUs of compute capability {targets}, built in {result['build_seconds']:.1f} s")

@@ -24,6 +24,9 @@ Json engine_json(const std::string& id) {
         {"flavour", "tensorrt-rtx"},
         {"version", "1.7.1.116"},
         {"compute_capabilities", {80, 89}},
+        {"hardware_compatible", false},
+        {"version_compatible", false},
+        {"weights", "engine"},
         {"max_batch", 4},
         {"profile", {{"tokens", {{"min", {1, 1}}, {"opt", {4, 1}}, {"max", {4, 12}}}}}},
         {"norm_update", "float64"},
@@ -63,6 +66,10 @@ bool has(const std::string& text, const char* part) {
 }
 
 TEST_F(Engines, TheBestOfThoseThatFitIsTaken) {
+    add("portable", [](Json& d) { d["compute_capabilities"] = {80}, d["hardware_compatible"] = true; });
+    EXPECT_EQ(choose().id, "portable");
+    add("exact", [](Json& d) { d["compute_capabilities"] = {89}; });
+    EXPECT_EQ(choose().id, "exact");
     add("narrow", [](Json& d) { d["norm_update"] = "float32", d["max_batch"] = 64; });
     add("small");
     add("large", [](Json& d) { d["max_batch"] = 8; });
@@ -83,6 +90,8 @@ TEST_F(Engines, WhatIsInTheWayIsSaid) {
     EXPECT_PRED2(has, refused([](Json& d) { d["flavour"] = "tensorrt"; }), "another flavour than tensorrt-rtx");
     EXPECT_PRED2(has, refused([](Json& d) { d["bundle_fingerprint"] = "x"; }), "another export");
     EXPECT_PRED2(has, refused([](Json& d) { d["compute_capabilities"] = {80}; }), "compute capability 8.9");
+    EXPECT_PRED2(has, refused([](Json& d) { d["weights"] = "bundle"; }), "for the Python runtime alone");
+    EXPECT_PRED2(has, refused([](Json& d) { d["version_compatible"] = true; }), "for the Python runtime alone");
     EXPECT_PRED2(has, refused([](Json& d) { d["version"] = "1.7.10"; }), "another version of TensorRT than 1.7.1");
     EXPECT_PRED2(has, refused([](Json& d) { d["profile"]["tokens"]["max"] = {4, 6}; }), "another release");
     EXPECT_PRED2(has, refused([](Json& d) { d["format_version"] = 9; }), "format version 9");

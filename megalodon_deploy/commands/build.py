@@ -1,7 +1,8 @@
-"""`megalodon-deploy build`: a TensorRT engine into the bundle."""
+"""`megalodon-deploy build`: TensorRT engines into the bundle."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +15,58 @@ from megalodon_deploy.console import format_bytes, progress_bar
 @click.command()
 @bundle_argument
 @click.option("--target", type=click.Choice(["tensorrt-rtx", "tensorrt"]), default="tensorrt-rtx", show_default=True)
-@click.option("--sm", metavar="LIST", help="Compute capabilities, like 80,86,89,120 (tensorrt-rtx).")
+@click.option("--sm", metavar="LIST", help="Compute capabilities, an engine for each: 80,86,89,120 (tensorrt-rtx).")
+@click.option("--hardware-compatible", is_flag=True, help="One engine for all of --sm, or for Ampere and later.")
+@click.option("--version-compatible", is_flag=True, help="An engine for later TensorRT releases too (tensorrt).")
+@click.option(
+    "--weights",
+    type=click.Choice(["engine", "bundle", "streamed"]),
+    default="engine",
+    show_default=True,
+    help="Where matrices are: in the engine, in the bundle's file, or streamed from main memory.",
+)
 @click.option("--no-plugins", is_flag=True, help="Standard operators only, without our CUDA kernels.")
 @click.option("--max-batch", type=int, default=1, show_default=True, help="Most streams in one call.")
-@click.option("--overwrite", is_flag=True, help="Replace the engine of the same name.")
+@click.option("--overwrite", is_flag=True, help="Replace engines of the same names.")
 @json_option
-def build(bundle_path: Path, target: str, sm: str | None, no_plugins: bool, as_json: bool, **options: Any) -> None:
-    """Build a TensorRT engine into the bundle."""
+def build(
+    bundle_path: Path,
+    target: str,
+    sm: str | None,
+    weights: Any,
+    hardware_compatible: bool,
+    no_plugins: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Build TensorRT engines into the bundle."""
     from megalodon_deploy.bundle import open_bundle
-    from megalodon_deploy.engine import build_engine
+    from megalodon_deploy.engine import build_engines
     from megalodon_deploy.engine.needs import estimate_needs
-    from megalodon_deploy.engine.targets import parse_capabilities
+    from megalodon_deploy.engine.targets import one_engine_each, parse_capabilities
 
     bundle = open_bundle(bundle_path)
-    click.echo(estimate_needs(bundle, plugins=not no_plugins).describe(), err=True)
     capabilities = None if sm is None else parse_capabilities(sm)
+    groups = one_engine_each(target, capabilities, hardware_compatible=hardware_compatible)
+    needs = estimate_needs(bundle, plugins=not no_plugins, weights=weights, num_engines=len(groups))
+    click.echo(needs.describe(), err=True)
     with progress_bar("build") as progress:
-        info = build_engine(
+        infos = build_engines(
             bundle,
             target=target,
             sm=capabilities,
             plugins=not no_plugins,
+            weights=weights,
+            hardware_compatible=hardware_compatible,
             progress=progress,
             **options,
         )
     if as_json:
-        click.echo(info.to_json(), nl=False)
+        click.echo(json.dumps({"engines": [json.loads(info.to_json()) for info in infos]}, indent=2))
     else:
-        size, memory = format_bytes(info.engine.size_bytes), format_bytes(info.peak_memory_bytes)
-        click.echo(f"{bundle_path / 'engines' / info.id}: {size}, built in {info.build_seconds:.1f} s, peak {memory}")
-    if info.norm_update == "float32":
+        for info in infos:
+            size, memory = format_bytes(info.engine.size_bytes), format_bytes(info.peak_memory_bytes)
+            path = bundle_path / "engines" / info.id
+            click.echo(f"{path}: {size}, built in {info.build_seconds:.1f} s, peak {memory}")
+    if any(info.norm_update == "float32" for info in infos):
         click.echo("note: norms are updated in float32, which drifts over millions of tokens", err=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megalodon_deploy.engine.build import build_engine
+from megalodon_deploy.engine.build import build_engine, build_engines
 from megalodon_deploy.engine.info import EngineInfo, check_engine, list_engines
 
-__all__ = ["EngineInfo", "build_engine", "check_engine", "list_engines"]
+__all__ = ["EngineInfo", "build_engine", "build_engines", "check_engine", "list_engines"]

@@ -125,5 +125,5 @@ def _memory(job: BuildJob) -> str:
     total_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return (
         f"a build takes about 3 times the weights ({weights_bytes / 1e9:.1f} GB) and this machine has "
-        f"{total_bytes / 1e9:.1f} GB in all; stop other programs or build on a larger machine"
+        f"{total_bytes / 1e9:.1f} GB in all; leave them in the bundle (--weights bundle) or build on a larger machine"
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from megalodon_deploy.engine.fusion import fuse_norm_and_ema
 from megalodon_deploy.engine.loopless import loopless_complex_ema
+from megalodon_deploy.engine.weight_inputs import WeightPlace, weights_to_inputs
 from megalodon_deploy.export.operators import DOMAIN
 from megalodon_deploy.state import COMPLEX_EMA, TIMESTEP_NORM, TIMESTEP_NORM_COMPLEX_EMA
 
@@ -30,15 +31,18 @@ class PreparedGraph:
     model: bytes
     plugin_nodes: dict[str, int]  # operator -> nodes that a plugin must take
     narrowed: bool  # float64 arithmetic was turned into float32
+    bundle_weights: dict[str, WeightPlace]  # those that became inputs
 
 
-def prepare_graph(model_path: Path, plugin_operators: Iterable[str], chunk_size: int) -> PreparedGraph:
+def prepare_graph(
+    model_path: Path, plugin_operators: Iterable[str], chunk_size: int, *, weights_outside: bool = False
+) -> PreparedGraph:
     """Read `model_path` without weights and rewrite it for calls of at most `chunk_size` tokens.
 
     TensorRT's parser prefers a model-local function to a plugin of the same name, so functions of
     `plugin_operators` are removed. ComplexEMA's function, if it stays, is replaced by one that TensorRT can compile.
     Where there is a plugin for a TimestepNorm and the ComplexEMA behind it, it takes their place. TensorRT has no
-    float64: what stays of it in other functions becomes float32.
+    float64: what stays of it in other functions becomes float32. With `weights_outside` matrices become inputs.
     """
     import onnx
 
@@ -55,7 +59,8 @@ def prepare_graph(model_path: Path, plugin_operators: Iterable[str], chunk_size:
         fuse_norm_and_ema(model.graph)
     nodes = Counter(node.op_type for node in model.graph.node if _is_plugin(node.domain, node.op_type, operators))
     narrowed = narrow_float64(model)
-    return PreparedGraph(model.SerializeToString(), dict(nodes), narrowed)
+    bundle_weights = weights_to_inputs(model.graph, operators) if weights_outside else {}
+    return PreparedGraph(model.SerializeToString(), dict(nodes), narrowed, bundle_weights)
 
 
 def _is_plugin(domain: str, name: str, operators: set[str]) -> bool:

@@ -12,6 +12,8 @@ from typing import Any
 from megalodon_deploy.bundle import ENGINE_FILE, ENGINE_INFO_FILE, ENGINES_DIR, Bundle, FileEntry
 from megalodon_deploy.engine.library import abi_version, find_plugin_library
 from megalodon_deploy.engine.profile import ShapeRange
+from megalodon_deploy.engine.targets import EngineWeights
+from megalodon_deploy.engine.weight_inputs import WeightPlace
 from megalodon_deploy.errors import EngineError
 from megalodon_deploy.files import sha256_file
 
@@ -40,12 +42,16 @@ class EngineInfo:
     flavour: str  # tensorrt-rtx or tensorrt
     version: str  # of that TensorRT
     compute_capabilities: tuple[int, ...]  # 89 for 8.9
+    hardware_compatible: bool  # it runs on any of Ampere and later
+    version_compatible: bool  # it runs in later releases of the same major version
     precision: str
     max_batch: int
     profile: Mapping[str, ShapeRange]  # by input name
     plugins: tuple[str, ...]  # operators that plugins compute; none: all are standard operators
     num_plugin_layers: int
     plugin_library: PluginLibraryInfo | None
+    weights: EngineWeights
+    bundle_weights: Mapping[str, WeightPlace]  # inputs that hold weights of the bundle's weight file, by name
     norm_update: str  # arithmetic of TimestepNorm's update; float32 drifts on streams of millions of tokens
     bundle_fingerprint: str
     engine: FileEntry
@@ -69,6 +75,7 @@ class EngineInfo:
                 "compute_capabilities": tuple(int(value) for value in values["compute_capabilities"]),
                 "profile": {name: ShapeRange.from_lists(shapes) for name, shapes in values["profile"].items()},
                 "plugins": tuple(str(name) for name in values["plugins"]),
+                "bundle_weights": {name: WeightPlace.from_dict(at) for name, at in values["bundle_weights"].items()},
                 "plugin_library": PluginLibraryInfo(**library) if library else None,
                 "engine": FileEntry(**values["engine"]),
             }

@@ -9,7 +9,8 @@ from typing import Any
 
 from megalodon_deploy.bundle import Precision
 from megalodon_deploy.engine.profile import ShapeRange
-from megalodon_deploy.engine.targets import Flavour
+from megalodon_deploy.engine.targets import EngineWeights, Flavour
+from megalodon_deploy.engine.weight_inputs import WeightPlace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,9 @@ class BuildJob:
     capabilities: tuple[int, ...]  # empty: the GPU of this machine
     profile: Mapping[str, ShapeRange]
     plugin_library: str | None
+    weights: EngineWeights = "engine"
+    hardware_compatible: bool = False  # full TensorRT: for Ampere and later
+    version_compatible: bool = False
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -48,20 +52,27 @@ class BuildResult:
     plugins: tuple[str, ...]  # operators that a plugin computes
     num_plugin_layers: int
     narrowed: bool  # float64 arithmetic became float32
+    bundle_weights: Mapping[str, WeightPlace]  # those that the engine lacks
     peak_memory_bytes: int
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BuildResult:
-        sequences = {name: tuple(values[name]) for name in ("capabilities", "plugins")}
-        return cls(**(dict(values) | sequences))
+        converted = {name: tuple(values[name]) for name in ("capabilities", "plugins")}
+        places = {name: WeightPlace.from_dict(place) for name, place in values["bundle_weights"].items()}
+        return cls(**(dict(values) | converted | {"bundle_weights": places}))
 
 
 def engine_id(job: BuildJob, version: str, capabilities: Sequence[int]) -> str:
     """A readable name that differs between engines that may stand side by side: `tensorrt-rtx-1.7.1-sm80+86-fp16`."""
     release = ".".join(version.split(".")[:3])
-    parts = [job.flavour, release, "sm" + "+".join(map(str, capabilities)), job.precision]
+    devices = "sm" + "+".join(map(str, capabilities)) + ("-up" if job.hardware_compatible else "")
+    parts = [job.flavour, release, devices, job.precision]
     if job.max_batch > 1:
         parts.append(f"b{job.max_batch}")
     if job.plugin_library is None:
         parts.append("no-plugins")
+    if job.weights != "engine":
+        parts.append({"bundle": "bundle-weights", "streamed": "streamed"}[job.weights])
+    if job.version_compatible:
+        parts.append("version-compatible")
     return "-".join(parts)

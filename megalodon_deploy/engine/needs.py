@@ -8,11 +8,16 @@ from pathlib import Path
 
 from megalodon_deploy.bundle import WEIGHTS_FILE, Bundle
 from megalodon_deploy.console import format_bytes
+from megalodon_deploy.engine.targets import EngineWeights
 from megalodon_deploy.errors import EngineError
 
-# Measured with TensorRT-RTX 1.7 on mega200M in fp16 (463 MB of weights): 1.7 GiB with plugins, 2.6 GiB without.
-_BASE_BYTES = 450 << 20  # TensorRT itself
-_WEIGHT_COPIES = {True: 3.0, False: 5.0}  # by whether plugins compute our operators
+# Measured with TensorRT-RTX 1.7 on models of 2 and 12 layers in fp16, with weights inside and outside.
+_BASE_BYTES = 250 << 20  # TensorRT itself
+_LAYER_BYTES = 22 << 20
+_WEIGHT_COPIES = 3  # of what the engine holds
+# Without plugins TensorRT computes tables of every channel of ComplexEMA beforehand.
+_TABLE_BYTES = 12 << 10  # of a channel in a layer
+_TABLE_COPIES = 7
 _ENGINE_OVERHEAD_BYTES = 64 << 20  # what an engine holds besides weights, generously
 
 _MEMINFO = Path("/proc/meminfo")
@@ -41,18 +46,22 @@ class BuildNeeds:
             raise EngineError(f"{bundle_path}: {self.describe()}; make room")
         if self.memory_available is not None and self.memory_available < self.memory:
             raise EngineError(
-                f"{bundle_path}: {self.describe()}; stop other programs, build on a larger machine, "
-                "or export smaller weights (--quantize int8 or int4)"
+                f"{bundle_path}: {self.describe()}; leave the weights in the bundle (--weights bundle), stop other "
+                "programs, build on a larger machine, or export smaller weights (--quantize int8 or int4)"
             )
 
 
-def estimate_needs(bundle: Bundle, *, plugins: bool) -> BuildNeeds:
-    """From the size of the bundle's weights."""
-    weights_bytes = bundle.manifest.files[WEIGHTS_FILE].size_bytes
+def estimate_needs(
+    bundle: Bundle, *, plugins: bool, weights: EngineWeights = "engine", num_engines: int = 1
+) -> BuildNeeds:
+    """Of `num_engines`, built one after the other."""
+    config = bundle.config
+    held = 0 if weights == "bundle" else bundle.manifest.files[WEIGHTS_FILE].size_bytes
+    tables = 0 if plugins else config.num_layers * config.model_dim * _TABLE_BYTES
     return BuildNeeds(
-        memory=_BASE_BYTES + int(_WEIGHT_COPIES[plugins] * weights_bytes),
+        memory=_BASE_BYTES + config.num_layers * _LAYER_BYTES + _WEIGHT_COPIES * held + _TABLE_COPIES * tables,
         memory_available=available_memory(),
-        disk=weights_bytes + _ENGINE_OVERHEAD_BYTES,
+        disk=num_engines * (held + tables + _ENGINE_OVERHEAD_BYTES),
         disk_free=shutil.disk_usage(bundle.path).free,
     )
 

@@ -6,21 +6,26 @@ on the machine whose GPU will run the engine, and is the one for data-centre GPU
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from megalodon_deploy.bundle import Precision
 from megalodon_deploy.errors import EngineError
 
 Flavour = Literal["tensorrt-rtx", "tensorrt"]
+# Where an engine's matrices are: inside it; in the bundle's weight file, from where they are bound as inputs; or inside
+# it but in main memory, from where they are streamed as far as they find no room on the GPU.
+EngineWeights = Literal["engine", "bundle", "streamed"]
 
 RTX_CAPABILITIES = (75, 80, 86, 89, 120, 121)
 # Turing has neither bf16 nor, in TensorRT-RTX, FP32 matrix products: it is built for only when asked. One more
 # capability costs 8 bytes of engine and no time: kernels are compiled on the device.
 RTX_DEFAULT_CAPABILITIES = (80, 86, 89, 120, 121)
 _TURING = 75
-_FP4_CAPABILITIES = (120, 121)
+AMPERE = 80  # where hardware-compatible engines of full TensorRT begin
+# Types that only some GPUs have, as TensorRT-RTX refuses the others.
+_CAPABILITIES_OF_TYPE = {"nvfp4": (120, 121), "fp8": (89, 120, 121)}
 
 
 @dataclass(frozen=True)
@@ -65,17 +70,21 @@ def parse_capabilities(text: str) -> tuple[int, ...]:
 
 
 def select_capabilities(
-    flavour: Flavour, sm: Sequence[int] | None, *, precision: Precision, plugins: bool, has_fp4: bool = False
+    flavour: Flavour, sm: Sequence[int] | None, *, precision: Precision, plugins: bool, types: Collection[str] = ()
 ) -> tuple[int, ...]:
     """Compute capabilities to build for, sorted; empty for full TensorRT, which takes this machine's GPU.
 
+    `types`: of the bundle's codes, weights and rows alike.
     Raises `EngineError` for a GPU that the flavour cannot serve, or not with this precision.
     """
     if flavour == "tensorrt":
         if sm is not None:
             raise EngineError("target tensorrt builds for the GPU of this machine: leave out --sm")
         return ()
-    chosen = tuple(sorted(set(sm))) if sm is not None else _FP4_CAPABILITIES if has_fp4 else RTX_DEFAULT_CAPABILITIES
+    limits = {kind: served for kind, served in _CAPABILITIES_OF_TYPE.items() if kind in types}
+    if sm is None:
+        return tuple(each for each in RTX_DEFAULT_CAPABILITIES if all(each in served for served in limits.values()))
+    chosen = tuple(sorted(set(sm)))
     if not chosen:
         raise EngineError(f"no compute capability given; target tensorrt-rtx has {_listed(RTX_CAPABILITIES)}")
     for capability in chosen:
@@ -84,11 +93,12 @@ def select_capabilities(
                 f"sm {capability}: target tensorrt-rtx serves {_listed(RTX_CAPABILITIES)} only; for data-centre GPUs "
                 "and Jetson build with --target tensorrt on the machine that has one"
             )
-        if has_fp4 and capability not in _FP4_CAPABILITIES:
-            raise EngineError(
-                f"sm {capability} has no fp4; of this target {_listed(_FP4_CAPABILITIES)} have it: build with "
-                f"--sm {','.join(map(str, _FP4_CAPABILITIES))}, or export with --quantize int4"
-            )
+        for kind, served in limits.items():
+            if capability not in served:
+                raise EngineError(
+                    f"sm {capability} has no {kind}; of this target {_listed(served)} have it: build with "
+                    f"--sm {','.join(map(str, served))}, or export without {kind}"
+                )
     if _TURING in chosen and not (precision == "fp16" and plugins):
         raise EngineError(
             f"sm 75 has no FP32 or BF16 matrix products in TensorRT-RTX, this is {precision} "
@@ -96,6 +106,29 @@ def select_capabilities(
             "or leave out 75"
         )
     return chosen
+
+
+def one_engine_each(target: str, sm: Sequence[int] | None, *, hardware_compatible: bool) -> list[Sequence[int] | None]:
+    """The `sm` of each engine that a build makes: one for each compute capability, or one for all of them."""
+    if sm is None or hardware_compatible or target == "tensorrt":
+        return [sm]
+    return [[each] for each in sorted(set(sm))]
+
+
+def check_weights(weights: str) -> EngineWeights:
+    """`weights` as one of the places; raises `EngineError` when there is no such."""
+    if weights not in get_args(EngineWeights):
+        raise EngineError(f"weights {weights!r} is none of: {', '.join(get_args(EngineWeights))}")
+    return cast(EngineWeights, weights)
+
+
+def check_version_compatible(flavour: Flavour) -> None:
+    """Raises `EngineError` for a flavour whose engines run in no other version than their own."""
+    if flavour == "tensorrt-rtx":
+        raise EngineError(
+            "target tensorrt-rtx has no version-compatible engines: its package lacks the runtime that they contain; "
+            "build again for another version, or use --target tensorrt"
+        )
 
 
 def _listed(capabilities: Sequence[int]) -> str:

@@ -14,13 +14,14 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 from megalodon_deploy.engine.graph import PreparedGraph, prepare_graph
 from megalodon_deploy.engine.job import BuildJob, BuildResult, engine_id
+from megalodon_deploy.engine.library import cache_dir
 from megalodon_deploy.engine.phases import PhaseTree
 from megalodon_deploy.engine.targets import Flavour
 from megalodon_deploy.errors import EngineError
@@ -85,12 +86,18 @@ def build(job: BuildJob, report: Report) -> BuildResult:
         raise EngineError(f"{target} exists already; replace it with --overwrite")
     operators = _load_plugins(trt, job.plugin_library) if job.plugin_library else set()
     report("reading the graph", 0.02)
-    graph = prepare_graph(Path(job.model_path), operators, chunk_size=job.profile[TOKENS].max[1])
+    graph = prepare_graph(
+        Path(job.model_path),
+        operators,
+        chunk_size=job.profile[TOKENS].max[1],
+        weights_outside=job.weights == "bundle",
+    )
     builder, network = create_network(strongly_typed=True)
     parser = _parse(trt, network, graph, job.model_path)
     num_plugin_layers = _check_plugin_layers(trt, network, graph)
-    config = _config_creator(trt, job, report)
-    engine = engine_bytes_from_network((builder, network, parser), config=config)
+    timings = _timing_cache(job, trt.__version__, capabilities)
+    config = _config_creator(trt, job, report, timings)
+    engine = engine_bytes_from_network((builder, network, parser), config=config, save_timing_cache=timings)
     report("writing the engine", 0.99)
     with open(job.engine_path, "wb") as file:
         file.write(engine)
@@ -101,6 +108,7 @@ def build(job: BuildJob, report: Report) -> BuildResult:
         plugins=tuple(sorted(graph.plugin_nodes)),
         num_plugin_layers=num_plugin_layers,
         narrowed=graph.narrowed,
+        bundle_weights=graph.bundle_weights,
         peak_memory_bytes=_peak_memory_bytes(),
     )
 
@@ -133,20 +141,39 @@ def _check_plugin_layers(trt: Any, network: Any, graph: PreparedGraph) -> int:
     return found
 
 
-def _config_creator(trt: Any, job: BuildJob, report: Report) -> Callable[[Any, Any], Any]:
+def _timing_cache(job: BuildJob, version: str, capabilities: Sequence[int]) -> str | None:
+    """The file that keeps full TensorRT's timings of kernels for the next build; TensorRT-RTX times none."""
+    if job.flavour == "tensorrt-rtx":
+        return None
+    path = cache_dir() / f"tensorrt-{version}-sm{capabilities[0]}.timings"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return str(path)
+
+
+def _config_creator(trt: Any, job: BuildJob, report: Report, timings: str | None) -> Callable[[Any, Any], Any]:
     """A function (builder, network) -> builder configuration, as Polygraphy wants it."""
     from polygraphy.backend.trt import CreateConfig, Profile
 
     profile = Profile()
     for name, shapes in job.profile.items():
         profile.add(name, min=shapes.min, opt=shapes.opt, max=shapes.max)
-    options = {"profiles": [profile], "progress_monitor": _progress_monitor(trt, job.flavour, report)}
+    options: dict[str, Any] = {
+        "profiles": [profile],
+        "progress_monitor": _progress_monitor(trt, job.flavour, report),
+        "weight_streaming": job.weights == "streamed",
+    }
     if job.flavour == "tensorrt-rtx":
         from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
         create = CreateConfigRTX(compute_capabilities=[divmod(sm, 10) for sm in job.capabilities], **options)
     else:
-        create = CreateConfig(**options)
+        levels = trt.HardwareCompatibilityLevel
+        create = CreateConfig(
+            load_timing_cache=timings,
+            hardware_compatibility_level=levels.AMPERE_PLUS if job.hardware_compatible else None,
+            version_compatible=job.version_compatible,
+            **options,
+        )
 
     def create_config(builder: Any, network: Any) -> Any:
         config = create(builder, network)

@@ -26,6 +26,8 @@ def engine_candidates(bundle: Bundle) -> tuple[list[Candidate], list[NotRun]]:
             not_run.append(NotRun(name, "no NVIDIA GPU is visible on this machine"))
         elif info.precision == "bf16":
             not_run.append(NotRun(name, "Polygraphy's runner moves numpy arrays, which have no bf16"))
+        elif info.bundle_weights:
+            not_run.append(NotRun(name, "Polygraphy's runner would copy the weights for every call; --weights engine"))
         elif info.flavour != engines[0].flavour:
             not_run.append(NotRun(name, f"one process runs one flavour, here {engines[0].flavour}"))
         else:

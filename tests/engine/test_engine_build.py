@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megalodon_deploy.bundle import ENGINE_INFO_FILE, Bundle, Precision
-from megalodon_deploy.engine import EngineInfo, build_engine, check_engine, list_engines
+from megalodon_deploy.bundle import ENGINE_INFO_FILE, WEIGHTS_FILE, Bundle, Precision
+from megalodon_deploy.engine import EngineInfo, build_engine, build_engines, check_engine, list_engines
+from megalodon_deploy.engine.job import BuildJob
 from megalodon_deploy.engine.library import LIBRARY_VARIABLE, abi_version, find_plugin_library
+from megalodon_deploy.engine.profile import optimization_profile
 from megalodon_deploy.errors import EngineError, MissingDependencyError
 from megalodon_deploy.files import sha256_file
 
@@ -83,6 +89,110 @@ def test_engines_stand_side_by_side_and_are_replaced_on_request(hand_made: HandM
     again = build_engine(bundle, sm=(80,), overwrite=True)
     assert list_engines(bundle) == [again, batched]
     assert {path.name for path in (bundle.path / "engines").iterdir()} == {first.id, batched.id}
+
+
+def test_an_engine_for_each_gpu_from_one_call(hand_made: HandMade) -> None:
+    bundle = hand_made("fp16")
+    stages: list[float] = []
+    infos = build_engines(bundle, sm=(89, 80), progress=lambda stage, fraction: stages.append(fraction))
+    assert [info.compute_capabilities for info in infos] == [(80,), (89,)]
+    assert list_engines(bundle) == infos
+    assert stages == sorted(stages)
+    assert (stages[0], stages[-1]) == (0.0, 1.0)
+    assert 0.5 in stages
+    for info in infos:
+        check_engine(bundle, info)
+    (both,) = build_engines(bundle, sm=(89, 80), hardware_compatible=True)
+    assert both.compute_capabilities == (80, 89)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sm": (80, 90)}, "sm 90: target tensorrt-rtx serves"),
+        ({"sm": ()}, "no compute capability given"),
+        ({"sm": (80, 86), "weights": "stripped"}, "'stripped' is none of"),
+        ({"sm": (80,), "version_compatible": True}, "has no version-compatible engines"),
+    ],
+)
+def test_mistakes_are_refused_before_the_first_build(untouched: Bundle, options: Any, message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        build_engines(untouched, **options)
+
+
+def test_disk_for_all_engines_is_asked_for_first(untouched: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 30, 1 << 30, 100 << 20))
+    with pytest.raises(EngineError, match=r"128\.\d+ MiB of disk \(free: 100\.00 MiB\); make room"):
+        build_engines(untouched, sm=(80, 86))
+
+
+@pytest.mark.parametrize("plugins", [True, False])
+def test_weights_stay_in_the_bundle(hand_made: HandMade, plugins: bool) -> None:
+    bundle = hand_made("fp16")
+    inside = build_engine(bundle, sm=(86,), plugins=plugins)
+    outside = build_engine(bundle, sm=(86,), plugins=plugins, weights="bundle")
+    assert outside.id == f"{inside.id}-bundle-weights"
+    assert list_engines(bundle) == [inside, outside]
+    assert set(outside.bundle_weights) >= {"embed", "output"}
+    weights = (bundle.path / WEIGHTS_FILE).read_bytes()
+    embed = outside.bundle_weights["embed"]
+    content = weights[embed.offset : embed.offset + embed.size_bytes]
+    assert len(content) == 2 * embed.shape[0] * embed.shape[1] > 500
+    assert content in check_engine(bundle, inside).read_bytes()
+    assert content not in check_engine(bundle, outside).read_bytes()
+
+
+def test_streamed_weights(hand_made: HandMade) -> None:
+    bundle = hand_made("fp16")
+    info = build_engine(bundle, sm=(86,), weights="streamed")
+    assert (info.id.endswith("-streamed"), info.weights, dict(info.bundle_weights)) == (True, "streamed", {})
+    assert check_engine(bundle, info).read_bytes() != b""
+
+
+FULL_TENSORRT = """
+import json, sys
+from megalodon_deploy.engine import worker
+from megalodon_deploy.engine.job import BuildJob
+worker._device_capability = lambda: 86
+result = worker.build(BuildJob.from_json(sys.stdin.read()), lambda stage, fraction: None)
+print(json.dumps([result.engine_id, result.capabilities]), file=sys.stderr)
+"""
+
+
+def test_full_tensorrt_keeps_its_timings(hand_made: HandMade, tmp_path: Path) -> None:
+    """TensorRT-RTX under the other's name, which has the same interface; it times nothing, so the file stays small."""
+    bundle = hand_made("fp16")
+    (tmp_path / "tensorrt.py").write_text("from tensorrt_rtx import *\n__version__ = '10.99.1.2'\n")
+    job = BuildJob(
+        flavour="tensorrt",
+        model_path=str(bundle.model_path),
+        engine_path=str(tmp_path / "engine"),
+        engines_dir=str(tmp_path),
+        overwrite=False,
+        precision="fp16",
+        max_batch=1,
+        capabilities=(),
+        profile=optimization_profile(bundle.config, max_batch=1),
+        plugin_library=None,
+        weights="bundle",
+        hardware_compatible=True,
+    )
+    paths = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", FULL_TENSORRT]
+    environment = os.environ | paths | {"POLYGRAPHY_USE_TENSORRT_RTX": "0"}
+
+    def build(job: BuildJob) -> list[str]:
+        done = subprocess.run(
+            command, input=job.to_json(), env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        return done.stdout.splitlines() + done.stderr.splitlines()
+
+    assert build(job)[-1] == '["tensorrt-10.99.1-sm86-up-fp16-no-plugins-bundle-weights", [86]]'
+    timings = tmp_path / "cache" / "megalodon-deploy" / "tensorrt-10.99.1.2-sm86.timings"
+    first = timings.read_bytes()
+    assert any("Loading" in line and str(timings) in line for line in build(job))
+    assert timings.read_bytes() == first != b""
+    assert any("lean" in line for line in build(replace(job, version_compatible=True)))
 
 
 def test_an_operator_that_nobody_knows(hand_made: HandMade) -> None:

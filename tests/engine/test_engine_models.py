@@ -39,12 +39,13 @@ def exported(tmp_path: Path) -> Exported:
         logits: Any = "last",
         attention: AttentionMode = "standard",
         kv_dtype: KeyValueType = "activation",
+        quantize: str | None = None,
         **overrides: Any,
     ) -> Bundle:
         torch.manual_seed(0)
         checkpoint, bundle = tmp_path / "checkpoint", tmp_path / "bundle"
         save_checkpoint(Megalodon(small_config(**overrides)), checkpoint)
-        choices = {"logits": logits, "attention": attention, "kv_dtype": kv_dtype}
+        choices = {"logits": logits, "attention": attention, "kv_dtype": kv_dtype, "quantize": quantize}
         return export_checkpoint(checkpoint, bundle, precision=precision, **choices)
 
     return make
@@ -97,6 +98,19 @@ def test_attention_as_a_plugin(exported: Exported, precision: Precision, kv_dtyp
 def test_attention_as_an_operator_without_plugins(exported: Exported) -> None:
     info = build_engine(exported("fp16", attention="plugin"), sm=(80,), plugins=False)
     assert (info.plugins, info.num_plugin_layers) == ((), 0)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4", "fp8", "nvfp4"])
+def test_matrices_of_every_kind_stay_in_the_bundle(exported: Exported, quantize: str | None) -> None:
+    dims = {"model_dim": 64, "value_dim": 128, "ffn_hidden_dim": 96, "z_dim": 32, "norm_num_groups": 4}
+    bundle = exported("fp16", quantize=quantize, **dims)
+    info = build_engine(bundle, weights="bundle", sm=(120,))
+    matrices = {"wv", "wz_wr_wh1", "wh2", "fc1", "fc2"}
+    part = ".weight" if quantize is None else ".weight.codes"
+    names = {f"layers.1.{'nffn' if each.startswith('fc') else 'mega'}.{each}{part}" for each in matrices}
+    assert names | {"embed.weight"} <= set(info.bundle_weights)
+    assert "layers.0.mega.cema.q_powers" in info.bundle_weights
+    check_engine(bundle, info)
 
 
 def test_turing(exported: Exported) -> None:

@@ -35,10 +35,16 @@ def test_memory_of_the_machine_and_of_its_container(
 def test_needs_grow_with_the_weights(hand_made: Callable[..., Bundle]) -> None:
     bundle = hand_made("fp16")
     weights_bytes = bundle.manifest.files[WEIGHTS_FILE].size_bytes
-    with_plugins, without = (estimate_needs(bundle, plugins=plugins) for plugins in (True, False))
-    assert without.memory - with_plugins.memory == 2 * weights_bytes
-    assert with_plugins.memory > 3 * weights_bytes
-    assert with_plugins.disk > weights_bytes
+    inside, outside, without = (
+        estimate_needs(bundle, plugins=True),
+        estimate_needs(bundle, plugins=True, weights="bundle"),
+        estimate_needs(bundle, plugins=False),
+    )
+    assert inside.memory - outside.memory == 3 * weights_bytes
+    assert inside.disk - outside.disk == weights_bytes
+    assert without.memory > inside.memory
+    several = estimate_needs(bundle, plugins=True, num_engines=4)
+    assert (several.memory, several.disk) == (inside.memory, 4 * inside.disk)
 
 
 def test_too_little_memory_is_refused_before_the_build(
@@ -46,7 +52,9 @@ def test_too_little_memory_is_refused_before_the_build(
 ) -> None:
     bundle = hand_made("fp16")
     monkeypatch.setattr(needs, "available_memory", lambda: 1 << 20)
-    with pytest.raises(EngineError, match=r"takes about .* MiB of memory \(available: 1\.00 MiB\).*larger machine"):
+    with pytest.raises(
+        EngineError, match=r"takes about .* MiB of memory \(available: 1\.00 MiB\).*; leave .*--weights bundle"
+    ):
         build_engine(bundle)
     assert not (bundle.path / "engines").exists()
 

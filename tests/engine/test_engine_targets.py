@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from megalodon_deploy.engine.targets import check_flavour, parse_capabilities, select_capabilities
+from megalodon_deploy.engine.targets import (
+    check_flavour,
+    check_version_compatible,
+    check_weights,
+    one_engine_each,
+    parse_capabilities,
+    select_capabilities,
+)
 from megalodon_deploy.errors import EngineError
 
 
@@ -40,6 +47,32 @@ def test_full_tensorrt_takes_this_machines_gpu() -> None:
     assert select_capabilities("tensorrt", None, precision="fp16", plugins=True) == ()
     with pytest.raises(EngineError, match="leave out --sm"):
         select_capabilities("tensorrt", [90], precision="fp16", plugins=True)
+
+
+@pytest.mark.parametrize(
+    ("types", "default", "refused"),
+    [({"fp8"}, (89, 120, 121), 86), ({"nvfp4", "int8"}, (120, 121), 89), ({"nvfp4", "fp8"}, (120, 121), 89)],
+)
+def test_types_that_only_some_gpus_have(types: set[str], default: tuple[int, ...], refused: int) -> None:
+    assert select_capabilities("tensorrt-rtx", None, precision="fp16", plugins=True, types=types) == default
+    with pytest.raises(EngineError, match=rf"sm {refused} has no .* have it: build with --sm .*120,121, or export"):
+        select_capabilities("tensorrt-rtx", [120, refused], precision="fp16", plugins=True, types=types)
+
+
+def test_an_engine_for_each_gpu_or_one_for_all() -> None:
+    assert one_engine_each("tensorrt-rtx", [89, 80, 89], hardware_compatible=False) == [[80], [89]]
+    assert one_engine_each("tensorrt-rtx", [89, 80], hardware_compatible=True) == [[89, 80]]
+    assert one_engine_each("tensorrt-rtx", None, hardware_compatible=False) == [None]
+    assert one_engine_each("tensorrt", None, hardware_compatible=True) == [None]
+
+
+def test_what_a_flavour_lacks_is_refused_with_what_there_is() -> None:
+    check_version_compatible("tensorrt")
+    with pytest.raises(EngineError, match=r"tensorrt-rtx has no version-compatible engines.*--target tensorrt"):
+        check_version_compatible("tensorrt-rtx")
+    assert check_weights("bundle") == "bundle"
+    with pytest.raises(EngineError, match="'stripped' is none of: engine, bundle, streamed"):
+        check_weights("stripped")
 
 
 def test_parse() -> None:

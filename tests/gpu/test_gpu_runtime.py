@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from helpers import assert_close
 from runtime.small_models import SHORT_CHUNKS, make_model
 
-from megalodon_deploy.bundle import Bundle
+from megalodon_deploy.bundle import ENGINES_DIR, Bundle
 from megalodon_deploy.doctor import visible_gpus
 from megalodon_deploy.engine import build_engine
 from megalodon_deploy.errors import UserError
@@ -42,14 +43,21 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return export_checkpoint(directory / "checkpoint", directory / "bundle")
 
 
-@pytest.fixture(scope="module", params=["tensorrt-rtx", "tensorrt", "onnxruntime"])
+BACKENDS = [
+    "onnxruntime",
+    *(f"{target} {weights}" for target in ("tensorrt-rtx", "tensorrt") for weights in ("engine", "bundle", "streamed")),
+]
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
 def session(gpu: Any, bundle: Bundle, request: pytest.FixtureRequest) -> Session:
     """Of each backend that this machine has; why one is left out is printed."""
-    backend = request.param
+    backend, *weights = request.param.split()
     try:
-        if backend != "onnxruntime":
+        if weights:
+            shutil.rmtree(bundle.path / ENGINES_DIR, ignore_errors=True)  # the session takes the only one
             sm = [gpu.capability] if backend == "tensorrt-rtx" else None
-            build_engine(bundle, target=backend, sm=sm, max_batch=4, overwrite=True)
+            build_engine(bundle, target=backend, sm=sm, max_batch=4, weights=weights[0])
         return bundle.session(backend, device="cuda")
     except UserError as error:
         pytest.skip(f"{backend}: {error}")

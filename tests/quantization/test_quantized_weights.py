@@ -194,7 +194,7 @@ def test_engine_builds(tmp_path: Path, options: dict[str, Any], kind_in_graph: W
 
 def test_fp4_is_for_some_gpus_alone(tmp_path: Path) -> None:
     bundle = export_seeded(tmp_path, blocks_config(), quantize="nvfp4")
-    with pytest.raises(EngineError, match="sm 89 has no fp4; of this target 120, 121 have it: build with --sm"):
+    with pytest.raises(EngineError, match="sm 89 has no nvfp4; of this target 120, 121 have it: build with --sm"):
         build_engine(bundle, sm=(89, 120))
     assert build_engine(bundle).compute_capabilities == (120, 121)
     with pytest.raises(EngineError, match="no fp4 type on a CPU; use the backend torch"):

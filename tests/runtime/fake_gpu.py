@@ -12,6 +12,7 @@ import ctypes
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -304,12 +305,12 @@ class Drawn:
 
 
 class FakeEngine:
-    """A bundle's graph in ONNX Runtime, run on the stand-in's memory, with TensorRT's conditions."""
+    """A graph in ONNX Runtime, run on the stand-in's memory, with TensorRT's conditions."""
 
-    def __init__(self, gpu: FakeGpu, bundle: Bundle, max_slots: int = 8) -> None:
+    def __init__(self, gpu: FakeGpu, model_path: Path, max_slots: int = 8) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 1, 3
-        self.session = onnxruntime.InferenceSession(str(bundle.model_path), options, providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
         self.runner = OnnxRuntimeEngine(onnxruntime, self.session, "cpu", 0)
         self.gpu, self.max_slots = gpu, max_slots
         self.contexts: list[FakeContext] = []
@@ -367,7 +368,7 @@ class FakeCudaExecutor:
         self.activation = activation_dtype(bundle.manifest.precision)
         self.returns_all_logits = bundle.manifest.logits == "all"
         self.gpu = FakeGpu()
-        self.engine = FakeEngine(self.gpu, bundle, max_slots)
+        self.engine = FakeEngine(self.gpu, bundle.model_path, max_slots)
         self.kernels = FakeKernels(self.gpu)
 
     def open_slots(self, num_slots: int) -> CudaMemory:

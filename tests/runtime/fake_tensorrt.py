@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -24,12 +25,16 @@ def engine_info(bundle: Bundle, name: str = "engine", **changes: Any) -> EngineI
         flavour="tensorrt-rtx",
         version=VERSION,
         compute_capabilities=(80, 89),
+        hardware_compatible=False,
+        version_compatible=False,
         precision="fp32",
         max_batch=max_batch,
         profile=optimization_profile(bundle.config, max_batch=max_batch),
         plugins=("ComplexEMA",),
         num_plugin_layers=2,
         plugin_library=None,
+        weights="engine",
+        bundle_weights={},
         norm_update="float64",
         bundle_fingerprint=bundle.manifest.fingerprint,
         engine=FileEntry("", 0),
@@ -42,24 +47,44 @@ def engine_info(bundle: Bundle, name: str = "engine", **changes: Any) -> EngineI
 class FakeTensorRT(ModuleType):
     """As much of the module as the executor uses, over ONNX Runtime and the stand-in for a GPU."""
 
-    def __init__(self, gpu: FakeGpu, bundle: Bundle) -> None:
+    def __init__(self, gpu: FakeGpu, model_path: Path) -> None:
         super().__init__("tensorrt_rtx")
         self.__version__ = VERSION
         self.loaded: list[str] = []
         self.fails: set[str] = set()
         self.engine_bytes = b""
-        fake, engine = self, FakeEngine(gpu, bundle)
+        self.runtime_caches: list[bytes] = []  # what was read from files
+        self.runtimes: list[Any] = []
+        self.budgets: list[int] = []  # of streamed weights, by context
+        fake, engine = self, FakeEngine(gpu, model_path)
         nodes = [*engine.session.get_inputs(), *engine.session.get_outputs()]
         inputs = {node.name for node in engine.session.get_inputs()}
+        weights = {node.name for node in engine.session.get_inputs() if all(isinstance(dim, int) for dim in node.shape)}
 
         class ILogger:
             Severity = SimpleNamespace(ERROR=1, INTERNAL_ERROR=0, WARNING=2)
 
+        class RuntimeCache:
+            def deserialize(self, blob: bytes) -> bool:
+                fake.runtime_caches.append(blob)
+                return True
+
+            def serialize(self) -> bytearray:
+                return bytearray(b"kernels")
+
         class RuntimeConfig:
             allocation = dynamic_shapes_kernel_specialization_strategy = ""
+            runtime_cache: RuntimeCache | None = None
 
             def set_execution_context_allocation_strategy(self, strategy: str) -> None:
                 self.allocation = strategy
+
+            def create_runtime_cache(self) -> RuntimeCache:
+                return RuntimeCache()
+
+            def set_runtime_cache(self, cache: RuntimeCache) -> bool:
+                self.runtime_cache = cache
+                return True
 
         class ExecutionContext:
             def __init__(self, is_eager: bool) -> None:
@@ -87,7 +112,9 @@ class FakeTensorRT(ModuleType):
                 if "call" in fake.fails:
                     fake.logger.log(1, "a reason\nin two lines")
                     return False
-                if set(self.shapes) == inputs and (self.shapes, self.addresses) != getattr(self, "bound", None):
+                if set(self.shapes) == inputs - weights and (self.shapes, self.addresses) != getattr(
+                    self, "bound", None
+                ):
                     self.inner.bind(self.tensors())
                     self.bound = (dict(self.shapes), dict(self.addresses))
                 self.inner.enqueue()
@@ -105,6 +132,13 @@ class FakeTensorRT(ModuleType):
         class Engine:
             device_memory_size_v2 = 12345
             num_io_tensors = len(nodes)
+            weight_streaming_budget_v2 = -1
+
+            def __init__(self) -> None:
+                self.budgets: list[int] = fake.budgets
+
+            def get_weight_streaming_automatic_budget(self) -> int:
+                return 4242
 
             def get_tensor_name(self, index: int) -> str:
                 return nodes[index].name
@@ -117,12 +151,17 @@ class FakeTensorRT(ModuleType):
 
             def create_execution_context(self, settings: RuntimeConfig) -> ExecutionContext | None:
                 assert settings.allocation == "user managed"
+                assert settings.runtime_cache is not None
+                self.budgets.append(self.weight_streaming_budget_v2)
                 is_eager = settings.dynamic_shapes_kernel_specialization_strategy == "eager"
                 return None if "context" in fake.fails else ExecutionContext(is_eager)
 
         class Runtime:
+            engine_host_code_allowed = False
+
             def __init__(self, logger: Any) -> None:
                 fake.logger = logger
+                fake.runtimes.append(self)
 
             def deserialize_cuda_engine(self, serialized_engine: Any) -> Engine | None:
                 fake.engine_bytes = bytes(serialized_engine)

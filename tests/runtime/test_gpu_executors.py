@@ -3,10 +3,12 @@ ones, as far as that can be seen without a GPU."""
 
 from __future__ import annotations
 
+import gc
 import inspect
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +21,17 @@ from runtime.fake_gpu import FakeGpu, FakeKernels
 from runtime.fake_tensorrt import VERSION, FakeTensorRT, engine_info
 from runtime.small_models import SHORT_CHUNKS
 
-from megalodon_deploy.bundle import ENGINE_FILE, ENGINE_INFO_FILE, ENGINES_DIR, Bundle, FileEntry, open_bundle
+from megalodon_deploy.bundle import (
+    ENGINE_FILE,
+    ENGINE_INFO_FILE,
+    ENGINES_DIR,
+    WEIGHTS_FILE,
+    Bundle,
+    FileEntry,
+    open_bundle,
+)
+from megalodon_deploy.engine.graph import prepare_graph
+from megalodon_deploy.engine.library import cache_dir
 from megalodon_deploy.errors import EngineError, MissingDependencyError, UserError
 from megalodon_deploy.runtime.executors import onnxruntime_cuda, tensorrt
 from megalodon_deploy.runtime.executors.engine_choice import Place, choose_engine
@@ -62,6 +74,42 @@ def test_the_best_engine_is_chosen(make_bundle: MakeBundle) -> None:
     small, large = engine_info(bundle, "small", max_batch=1), engine_info(bundle, "large", max_batch=8)
     assert choose_engine(bundle, [drifting, large, small], HERE) is large
     assert choose_engine(bundle, [drifting], HERE) is drifting
+    outside = engine_info(bundle, "outside", max_batch=8, weights="bundle")
+    for_one = engine_info(bundle, "for one", max_batch=8, compute_capabilities=(89,))
+    assert choose_engine(bundle, [outside, large], HERE) is large
+    assert choose_engine(bundle, [large, for_one, outside], HERE) is for_one
+
+
+def test_of_several_gpus_engines_this_gpus_is_chosen(make_bundle: MakeBundle) -> None:
+    bundle = make_bundle(SHORT_CHUNKS)
+    each = [engine_info(bundle, f"for {sm}", compute_capabilities=(sm,)) for sm in (80, 86, 89, 120)]
+    assert choose_engine(bundle, each, HERE).id == "for 89"
+    with pytest.raises(EngineError, match=r"compute capability 8\.9, there are engines for 8\.0, 8\.6, 12\.0; build"):
+        choose_engine(bundle, [info for info in each if info.id != "for 89"], HERE)
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "serves"),
+    [
+        ("10.13.3.9", 90, True),
+        ("10.14.0.1", 120, True),
+        ("10.13.2.9", 90, False),
+        ("11.0.0", 90, False),
+        ("10.13.3.9", 75, False),
+    ],
+)
+def test_compatible_engines_serve_later_gpus_and_releases(
+    make_bundle: MakeBundle, version: str, capability: int, serves: bool
+) -> None:
+    bundle = make_bundle(SHORT_CHUNKS)
+    built = {"flavour": "tensorrt", "version": "10.13.3.9", "compute_capabilities": (80,)}
+    info = engine_info(bundle, hardware_compatible=True, version_compatible=True, **built)
+    place = Place("tensorrt", version, capability)
+    if serves:
+        assert choose_engine(bundle, [info], place) is info
+    else:
+        with pytest.raises(EngineError, match=r"needs tensorrt 10\.13\.3\.9|compute capability 7\.5"):
+            choose_engine(bundle, [info], place)
 
 
 @pytest.fixture
@@ -70,21 +118,26 @@ def with_engine(make_bundle: MakeBundle, tmp_path: Path) -> Bundle:
     source = make_bundle(SHORT_CHUNKS)
     shutil.copytree(source.path, tmp_path / "bundle")
     bundle = open_bundle(tmp_path / "bundle")
-    directory = bundle.path / ENGINES_DIR / "engine"
-    directory.mkdir(parents=True)
-    (directory / ENGINE_FILE).write_bytes(b"an engine")
-    info = engine_info(bundle, engine=FileEntry.of(directory / ENGINE_FILE))
-    (directory / ENGINE_INFO_FILE).write_text(info.to_json())
+    write_engine(bundle)
     return bundle
+
+
+def write_engine(bundle: Bundle, **changes: Any) -> None:
+    directory = bundle.path / ENGINES_DIR / "engine"
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / ENGINE_FILE).write_bytes(b"an engine")
+    info = engine_info(bundle, engine=FileEntry.of(directory / ENGINE_FILE), **changes)
+    (directory / ENGINE_INFO_FILE).write_text(info.to_json())
 
 
 class Machine:
     """The stand-ins that a test runs on."""
 
-    def __init__(self, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, model_path: Path | None = None) -> None:
         self.bundle, self.gpu = bundle, FakeGpu()
-        self.trt = FakeTensorRT(self.gpu, bundle)
+        self.trt = FakeTensorRT(self.gpu, model_path or bundle.model_path)
         monkeypatch.setitem(sys.modules, "tensorrt_rtx", self.trt)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(bundle.path / "cache"))
         for module in (tensorrt, onnxruntime_cuda):
             monkeypatch.setattr(module, "find_plugin_library", lambda: Path("libmegalodon.so"))
             monkeypatch.setattr(module, "check_abi", lambda path: None)
@@ -110,6 +163,52 @@ def test_tensorrt_streams_what_the_cpu_streams(machine: Machine) -> None:
     assert machine.gpu.launches == 28
     with pytest.raises(UserError, match="--max-batch 5"):
         machine.session().batch(5)
+
+
+def test_weights_come_from_the_bundles_file(with_engine: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph that a build gives to TensorRT, run by ONNX Runtime: every matrix is an input."""
+    graph = prepare_graph(with_engine.model_path, (), SHORT_CHUNKS.chunk_size, weights_outside=True)
+    rewritten = with_engine.path / "rewritten.onnx"
+    rewritten.write_bytes(graph.model)
+    write_engine(with_engine, weights="bundle", bundle_weights=graph.bundle_weights)
+    machine = Machine(with_engine, monkeypatch, rewritten)
+    tokens = np.random.default_rng(0).integers(0, 256, 40).tolist()
+    on_gpu, on_cpu = machine.session().stream(), with_engine.session(threads=1).stream()
+    assert_close(on_gpu.prefill(tokens[:30]), on_cpu.prefill(tokens[:30]), 1e-5)
+    for token in tokens[30:]:
+        assert_close(on_gpu.step(token), on_cpu.step(token), 1e-5)
+    held = sum(place.size_bytes for place in graph.bundle_weights.values())
+    assert held > 0.9 * (with_engine.path / WEIGHTS_FILE).stat().st_size - 4096 * len(graph.bundle_weights)
+    beyond = {name: replace(place, offset=place.offset + (1 << 30)) for name, place in graph.bundle_weights.items()}
+    write_engine(with_engine, weights="bundle", bundle_weights=beyond)
+    with pytest.raises(EngineError, match=r"model\.onnx\.data ends before weight \S+; export the bundle again"):
+        machine.session()
+
+
+def test_streamed_weights_get_what_room_there_is_before_the_first_context(machine: Machine) -> None:
+    machine.session().stream().step(1)
+    write_engine(machine.bundle, weights="streamed")
+    machine.session().stream().step(1)
+    assert machine.trt.budgets == [-1, 4242]
+
+
+def test_only_an_engine_for_later_releases_may_bring_code_of_its_own(machine: Machine) -> None:
+    machine.session()
+    write_engine(machine.bundle, version_compatible=True)
+    machine.session()
+    assert [runtime.engine_host_code_allowed for runtime in machine.trt.runtimes] == [False, True]
+
+
+def test_compiled_kernels_are_kept_for_the_next_session(machine: Machine, tmp_path: Path) -> None:
+    session = machine.session()
+    session.stream().step(1)
+    assert machine.trt.runtime_caches == []
+    del session
+    gc.collect()
+    (kept,) = cache_dir().iterdir()
+    assert kept.read_bytes() == b"kernels"
+    machine.session().stream().step(1)
+    assert machine.trt.runtime_caches == [b"kernels"]
 
 
 def test_plugins_are_registered_once_in_a_process(machine: Machine) -> None:
@@ -147,7 +246,7 @@ def test_a_damaged_engine_is_never_loaded(machine: Machine) -> None:
 
 def test_an_engine_of_another_model_is_refused(machine: Machine) -> None:
     machine.trt.runtime_engine.session.get_inputs = list  # type: ignore[method-assign]
-    trt = FakeTensorRT(machine.gpu, machine.bundle)
+    trt = FakeTensorRT(machine.gpu, machine.bundle.model_path)
     trt.Runtime.deserialize_cuda_engine = lambda self, data: SimpleNamespace(  # type: ignore[attr-defined]
         num_io_tensors=1, get_tensor_name=lambda index: "tokens", device_memory_size_v2=1
     )
@@ -162,17 +261,22 @@ def test_the_real_module_has_what_is_called() -> None:
     assert trt.TensorIOMode.INPUT
     assert trt.ILogger.Severity.INTERNAL_ERROR
     for kind, names in {
-        trt.Runtime: ["deserialize_cuda_engine"],
+        trt.Runtime: ["deserialize_cuda_engine", "engine_host_code_allowed"],
+        trt.IRuntimeCache: ["serialize", "deserialize"],
         trt.ICudaEngine: [
             "device_memory_size_v2",
             "create_execution_context",
             "create_runtime_config",
+            "get_weight_streaming_automatic_budget",
+            "weight_streaming_budget_v2",
             "get_tensor_name",
             "get_tensor_mode",
             "num_io_tensors",
         ],
         trt.IRuntimeConfig: [
             "set_execution_context_allocation_strategy",
+            "create_runtime_cache",
+            "set_runtime_cache",
             "dynamic_shapes_kernel_specialization_strategy",
         ],
         trt.DynamicShapesKernelSpecializationStrategy: ["EAGER", "LAZY"],

@@ -16,6 +16,7 @@ namespace {
 namespace fs = std::filesystem;
 using Json = nlohmann::json;
 
+constexpr int kAmpere = 80;
 constexpr char kRebuild[] = "; build it again with `megalodon-deploy build`";
 
 [[noreturn]] void fail(const std::string& message) {
@@ -36,6 +37,8 @@ EngineInfo read(const fs::path& directory) {
         info.flavour = values.at("flavour").get<std::string>();
         info.version = values.at("version").get<std::string>();
         info.capabilities = values.at("compute_capabilities").get<std::vector<int>>();
+        info.is_for_later_gpus = values.at("hardware_compatible").get<bool>();
+        info.is_self_contained = values.at("weights") == "engine" && !values.at("version_compatible").get<bool>();
         info.max_batch = values.at("max_batch").get<std::int64_t>();
         info.max_tokens = values.at("profile").at(kTokens).at("max").at(1).get<std::int64_t>();
         info.has_wide_norms = values.at("norm_update") == "float64";
@@ -85,16 +88,22 @@ EngineInfo choose_engine(const Bundle& bundle, const Place& place) {
          "was built from another export; build it again");
     keep(
         [&](const EngineInfo& info) {
-            return std::count(info.capabilities.begin(), info.capabilities.end(), place.capability) > 0;
+            return std::count(info.capabilities.begin(), info.capabilities.end(), place.capability) > 0 ||
+                   (info.is_for_later_gpus && place.capability >= kAmpere);
         },
         "is not for this GPU's compute capability " + capability + "; build one on or for it");
     keep([&](const EngineInfo& info) { return is_version(info.version, place.version); },
          "needs another version of TensorRT than " + place.version + ", which is installed; install it or build again");
+    keep([](const EngineInfo& info) { return info.is_self_contained; },
+         "is for the Python runtime alone; build one without --version-compatible and with --weights engine");
     keep([&](const EngineInfo& info) { return info.max_tokens == bundle.manifest().chunk_size; },
          "has the shapes of another release; build it again");
-    return *std::max_element(left.begin(), left.end(), [](const EngineInfo& one, const EngineInfo& other) {
-        return std::tie(one.has_wide_norms, one.max_batch, one.id) <
-               std::tie(other.has_wide_norms, other.max_batch, other.id);
+    const auto preference = [](const EngineInfo& info) {
+        const auto num_others = static_cast<std::int64_t>(info.capabilities.size());
+        return std::make_tuple(info.has_wide_norms, info.max_batch, !info.is_for_later_gpus, -num_others, info.id);
+    };
+    return *std::max_element(left.begin(), left.end(), [&](const EngineInfo& one, const EngineInfo& other) {
+        return preference(one) < preference(other);
     });
 }
 

@@ -17,6 +17,8 @@ struct EngineInfo {
     std::string flavour;  // tensorrt-rtx or tensorrt
     std::string version;  // of that TensorRT, such as 1.7.1.116
     std::vector<int> capabilities;
+    bool is_for_later_gpus = false;  // any of Ampere and later
+    bool is_self_contained = false;  // weights inside and no runtime of its own: what this runtime loads
     std::int64_t max_batch = 0;
     std::int64_t max_tokens = 0;  // of a call
     bool has_wide_norms = false;  // norms are updated in float64
@@ -32,8 +34,8 @@ struct Place {
     int capability;       // of the GPU, 89 for 8.9
 };
 
-// The best engine for this place: one whose norms are updated in float64, then the one for most streams. Throws Error
-// (engine), saying what is in the way and what to do, when there is none.
+// The best engine for this place: one whose norms are updated in float64, then the one for most streams, then the one
+// for the fewest kinds of GPU. Throws Error (engine), saying what is in the way and what to do, when there is none.
 EngineInfo choose_engine(const Bundle& bundle, const Place& place);
 
 // Size and hash: an engine is code. Throws Error (engine).

@@ -11,6 +11,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from megalodon_deploy.bundle import WEIGHTS_FILE
 from megalodon_deploy.engine.info import EngineInfo, check_engine, list_engines
 from megalodon_deploy.engine.library import check_abi, find_plugin_library
 from megalodon_deploy.engine.targets import FLAVOURS, Flavour
@@ -22,6 +25,7 @@ from megalodon_deploy.runtime.cuda.kernels import Kernels
 from megalodon_deploy.runtime.cuda.layout import Tensor
 from megalodon_deploy.runtime.cuda.memory import CudaMemory
 from megalodon_deploy.runtime.executors.base import activation_dtype
+from megalodon_deploy.runtime.executors.compiled_kernels import CompiledKernels
 from megalodon_deploy.runtime.executors.engine_choice import Place, choose_engine
 from megalodon_deploy.state import LOGITS, POSITION, TOKENS, state_specs
 
@@ -47,8 +51,9 @@ class TensorRTExecutor:
         self.kernels = Kernels(library)
         with gpu.current():
             engine = _Engine(trt, path, self.info, library, gpu)
+            engine.place_weights(bundle.path / WEIGHTS_FILE)
         names = {TOKENS, POSITION, LOGITS} | {name for s in state_specs(self.config) for name in (s.past, s.present)}
-        if unlike := sorted(names ^ engine.names):
+        if unlike := sorted((names | set(self.info.bundle_weights)) ^ engine.names):
             raise EngineError(f"{path}: tensor {unlike[0]} does not follow from the bundle's config; build it again")
         self.engine: Engine = engine
 
@@ -66,20 +71,43 @@ class _Engine:
         if info.plugins:
             _load_plugins(trt, library, info)
         self._runtime = trt.Runtime(self._errors.logger)  # has to outlive the engine
+        if info.version_compatible:
+            self._runtime.engine_host_code_allowed = True  # such an engine brings a runtime of its own
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as engine_bytes:
             self._engine = self._runtime.deserialize_cuda_engine(engine_bytes)
         if self._engine is None:
             raise EngineError(f"{path}: TensorRT {trt.__version__} cannot load it ({self._errors.take()})")
+        if info.weights == "streamed":
+            # before the first context: what of the weights stays on the GPU, as far as there is room now
+            self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
         self.names = {self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)}
         self._scratch_bytes = int(self._engine.device_memory_size_v2)
         self._arena = Arena(gpu)
         self._scratch = self._arena.device({"scratch": self._scratch_bytes})["scratch"]
+        self._kernels = CompiledKernels(info.engine.sha256, gpu.capability)
+        self._places = info.bundle_weights
+        self._weights: dict[str, int] = {}  # addresses by input name
+
+    def place_weights(self, file: Path) -> None:
+        """Copy the weights that the engine lacks from the bundle's file to the GPU, for all contexts."""
+        if not self._places:
+            return
+        self._weights = self._arena.device({name: place.size_bytes for name, place in self._places.items()})
+        content = np.memmap(file, np.uint8, "r")
+        for name, place in self._places.items():
+            piece = content[place.offset : place.offset + place.size_bytes]
+            if piece.nbytes != place.size_bytes:
+                raise EngineError(f"{file} ends before weight {name}; export the bundle again")
+            self._gpu.copy(self._weights[name], piece.ctypes.data, piece.nbytes)
+        self._gpu.synchronize()  # the file stays mapped until it was read
 
     def open_context(self, *, fixed_shapes: bool) -> _Context:
         context = self._engine.create_execution_context(self._context_settings(fixed_shapes))
         if context is None:
             raise EngineError(f"TensorRT cannot make an execution context ({self._errors.take()}); open fewer slots")
         context.set_device_memory(self._scratch, self._scratch_bytes)
+        for name, address in self._weights.items():
+            context.set_tensor_address(name, address)
         return _Context(self._trt, self._engine, context, self._gpu, self._errors)
 
     def _context_settings(self, fixed_shapes: bool) -> Any:
@@ -91,6 +119,7 @@ class _Engine:
             return memory
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(memory)
+        self._kernels.use_in(config)
         strategy = specialisation.EAGER if fixed_shapes else specialisation.LAZY
         config.dynamic_shapes_kernel_specialization_strategy = strategy
         return config

@@ -47,7 +47,12 @@ class Megalodon(nn.Module):
     `state_dict()` has the names of `parameters.parameter_specs(config)`. `model.to(torch.bfloat16)` and the like
     convert the activations and the matrices; norms, CEMA coefficients and recurrent state stay float32. A float64
     model computes everything, state included, in float64.
+
+    `embed`, `output` and some of `layers` may be set to None: what is left is a stage of a pipeline, see `hidden`.
     """
+
+    embed: nn.Embedding | None
+    output: Output | None
 
     def __init__(self, config: MegalodonConfig) -> None:
         super().__init__()
@@ -60,11 +65,26 @@ class Megalodon(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of activations, and of key/value memory."""
-        return self.embed.weight.dtype
+        return self._matrix.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens are taken."""
+        return self._matrix.device
+
+    @property
+    def _matrix(self) -> Tensor:
+        """One that every stage has."""
+        block = next(self.layers.children())
+        assert isinstance(block, Block), "Bug: a stage without layers"
+        return block.mega.wz.weight
 
     def initial_state(self, batch: int) -> ModelState:
-        """The state of `batch` streams that have consumed nothing."""
-        return ModelState.zeros(self.config, batch, dtype=self.dtype, device=self.embed.weight.device)
+        """The state of `batch` streams that have consumed nothing, of the layers that are here."""
+        state = ModelState.zeros(self.config, batch, dtype=self.dtype, device=self.device)
+        here = {name for name, _ in self.layers.named_children()} | ({"final"} if self.output else set())
+        tensors = {name: tensor for name, tensor in state.tensors.items() if name.rpartition(".")[2] in here}
+        return ModelState(state.position, tensors)
 
     def forward(self, tokens_BT: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
         """Logits [B, T, V] (float32; float64 in a float64 model) of T >= 1 tokens, and the state after them.
@@ -77,27 +97,38 @@ class Megalodon(nn.Module):
         return self.logits(x_BTD), state
 
     def hidden(self, tokens_BT: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
-        """As `forward`, but what the output matrix is applied to, [B, T, D], in the place of logits."""
-        if tokens_BT.ndim != 2 or tokens_BT.shape[1] == 0:
+        """As `forward`, but what the output matrix is applied to, [B, T, D], in the place of logits.
+
+        A stage of a pipeline takes the residual stream [B, T, D] of the stage before it in the place of tokens, and
+        gives its own unless it is the last.
+        """
+        is_stream = tokens_BT.is_floating_point()
+        if tokens_BT.ndim != 2 + is_stream or tokens_BT.shape[1] == 0:
             raise ValueError(f"tokens have shape {list(tokens_BT.shape)}; expected [B, T] with T >= 1")
-        batch, num_tokens = tokens_BT.shape
+        batch, num_tokens = tokens_BT.shape[:2]
         if state is None:
             state, positions = self.initial_state(batch), [0] * batch
         else:
             positions = state.position.tolist()
         if len(positions) != batch:
             raise ValueError(f"tokens have {batch} rows, the state has {len(positions)}")
-        held, needed = state.tensors["past_key.0"].shape[2], max(p % self.config.chunk_size for p in positions)
+        held = next(tensor.shape[2] for name, tensor in state.tensors.items() if name.startswith("past_key."))
+        needed = max(p % self.config.chunk_size for p in positions)
         if held < needed:
             raise ValueError(f"the state holds {held} key/value rows, its positions need {needed}")
         attend = plan_attention(positions, num_tokens, self.config.chunk_size, tokens_BT.device)
-        x_BTD, present = self._run(tokens_BT, state.position, state.tensors, attend)
+        x_BTD = tokens_BT if is_stream else self._embedded(tokens_BT)
+        x_BTD, present = self._run(x_BTD, state.position, state.tensors, attend)
         return x_BTD, state.advance(present, positions, num_tokens, self.config.chunk_size)
 
     @property
     def output_matrix(self) -> Tensor:
         """[V, D]."""
-        return self.embed.weight if self.output.output is None else self.output.output.weight
+        assert self.output is not None, "Bug: not the last stage"
+        if self.output.output is not None:
+            return self.output.output.weight
+        assert self.embed is not None, "Bug: a last stage without the embedding that serves as output"
+        return self.embed.weight
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Of what `hidden` gives: [B, T, V], float32 (float64 in a float64 model)."""
@@ -117,30 +148,32 @@ class Megalodon(nn.Module):
             Logits [B, T, V], and new key/value rows and present tensors by the output names of `state.state_specs`.
         """
         attend = OneChunk(position_B, self.config.chunk_size)
-        x_BTD, present = self._run(tokens_BT, position_B, past, attend)
+        x_BTD, present = self._run(self._embedded(tokens_BT), position_B, past, attend)
         return self.logits(x_BTD), {_output_name(name): tensor for name, tensor in present.items()}
 
+    def _embedded(self, tokens_BT: Tensor) -> Tensor:
+        """The residual stream [B, T, D] that enters the first layer, in float32 at least: see `half_precision`."""
+        assert self.embed is not None, "Bug: tokens for a stage that is not the first"
+        x_BTD: Tensor = self.embed(tokens_BT)
+        x_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
+        return x_BTD * math.sqrt(self.config.model_dim) if self.config.scale_emb else x_BTD
+
     def _run(
-        self, tokens_BT: Tensor, position_B: Tensor, past: Mapping[str, Tensor], attend: Attend
+        self, x_BTD: Tensor, position_B: Tensor, past: Mapping[str, Tensor], attend: Attend
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """[B, T, D] after the final norm, and what the call adds to the state, by the names of `past`."""
-        config = self.config
-        x_BTD = self.embed(tokens_BT)
-        dtype = x_BTD.dtype
-        x_BTD = x_BTD.to(torch.promote_types(dtype, torch.float32))  # the residual stream: see `half_precision`
-        if config.scale_emb:
-            x_BTD = x_BTD * math.sqrt(config.model_dim)
-        in_chunk_BT = (
-            position_B.unsqueeze(-1) + torch.arange(tokens_BT.shape[1], device=x_BTD.device)
-        ) % config.chunk_size
+        config, dtype = self.config, self.dtype
+        in_chunk_BT = (position_B.unsqueeze(-1) + torch.arange(x_BTD.shape[1], device=x_BTD.device)) % config.chunk_size
         rotation = Rotation.at(in_chunk_BT, config.key_head_dim, config.rope_base, dtype)
         call = Call(position_B, rotation, attend)
         present: dict[str, Tensor] = {}
-        for i, layer in enumerate(self.layers):
+        for i, layer in self.layers.named_children():
             names = {kind: f"past_{kind}.{i}" for kind in LayerState._fields}
             layer_past = {kind: past[name] for kind, name in names.items() if name in past}
             x_BTD, added = layer(x_BTD, LayerState(**layer_past), call)
             present.update({names[kind]: getattr(added, kind) for kind in layer_past})
+        if self.output is None:
+            return x_BTD, present
         final = f"past_{_FINAL_NORM}"
         x_BTD, present[final] = self.output.final_norm(x_BTD, past[final], position_B)
         return x_BTD.to(dtype), present

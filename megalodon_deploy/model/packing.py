@@ -43,19 +43,19 @@ def run_documents(
 
     Args:
         run: tokens [b, t] of fresh streams to [b, t, D]; called once per group of documents of similar lengths.
-        tokens_BT: packed tokens.
+        tokens_BT: packed tokens, or [B, T, D] with D channels of each, as `run` then takes them.
         documents: as above; they do not overlap.
         num_runs: from the number of groups to how often `run` is called, at least as often: processes that share the
             work of a call must make equally many. What it gives beyond the groups counts nothing.
     """
-    batch, num_tokens = tokens_BT.shape
-    flat_tokens, begin = tokens_BT.flatten(), documents[:, 0] * num_tokens + documents[:, 1]
+    batch, num_tokens = tokens_BT.shape[:2]
+    flat_tokens, begin = tokens_BT.flatten(0, 1), documents[:, 0] * num_tokens + documents[:, 1]
     groups = group_by_length(documents[:, 2])
     num_idle = num_runs(len(groups)) - len(groups)
     if len(documents) == batch and (documents[:, 2] == num_tokens).all() and num_idle == 0:
         return run(tokens_BT)
     outputs = [run(flat_tokens[None, :2]).flatten(0, 1) for _ in range(num_idle)]
-    sources = [np.full(len(output), flat_tokens.numel()) for output in outputs]  # behind the last token
+    sources = [np.full(len(output), len(flat_tokens)) for output in outputs]  # behind the last token
     for group in groups:
         lengths = documents[group, 2]
         step = np.arange(lengths.max())

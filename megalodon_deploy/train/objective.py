@@ -6,8 +6,10 @@ One module, because wrappers of distributed training act on its forward. Shapes:
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from megalodon_deploy.model.megalodon import Megalodon, ModelState
@@ -15,13 +17,23 @@ from megalodon_deploy.model.packing import run_documents
 from megalodon_deploy.train.loss import chunked_cross_entropy
 
 
-class Objective(nn.Module):
-    """The model with its loss; `logits_at_once` positions have logits at a time."""
+class MicroBatch(NamedTuple):
+    """Rows that are computed at once: what `Objective.forward` takes."""
 
-    def __init__(self, model: Megalodon, logits_at_once: int) -> None:
+    tokens: Tensor  # [B, T] int64
+    targets: Tensor  # [B, T] int64
+    documents: np.ndarray | None = None
+    state: ModelState | None = None
+
+
+class Objective(nn.Module):
+    """The model with its loss; `logits_at_once` positions have logits at a time. `autocasts`: in bfloat16."""
+
+    def __init__(self, model: Megalodon, logits_at_once: int, *, autocasts: bool = False) -> None:
         super().__init__()
         self.model = model
         self.logits_at_once = logits_at_once
+        self.autocasts = autocasts
         self.num_runs: Callable[[int], int] = lambda own: own  # of packed documents: see `run_documents`
 
     def forward(
@@ -36,12 +48,20 @@ class Objective(nn.Module):
         With `documents` (see `model.packing`) every document runs alone and there is no state; else rows go on from
         `state`, or start afresh.
         """
-        after: ModelState | None = None
+        with torch.autocast(tokens_BT.device.type, torch.bfloat16, enabled=self.autocasts):
+            x_BTD, after = self.hidden(tokens_BT, documents, state)
+            return self.loss(x_BTD, targets_BT), after
+
+    def hidden(
+        self, tokens_BT: Tensor, documents: np.ndarray | None, state: ModelState | None
+    ) -> tuple[Tensor, ModelState | None]:
+        """As `Megalodon.hidden`, of tokens or of the stream that enters a stage."""
         if documents is None:
-            x_BTD, after = self.model.hidden(tokens_BT, state)
-        else:
-            x_BTD = run_documents(lambda tokens: self.model.hidden(tokens)[0], tokens_BT, documents, self.num_runs)
-        loss = chunked_cross_entropy(
+            return self.model.hidden(tokens_BT, state)
+        return run_documents(lambda tokens: self.model.hidden(tokens)[0], tokens_BT, documents, self.num_runs), None
+
+    def loss(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        """Sum of cross-entropy over targets, of what the last stage gives."""
+        return chunked_cross_entropy(
             x_BTD.flatten(0, 1), self.model.output_matrix, targets_BT.flatten(), self.logits_at_once
         )
-        return loss, after

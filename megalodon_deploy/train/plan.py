@@ -6,6 +6,7 @@ distributed plans live in `train.parallel`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from megalodon_deploy.model.megalodon import Megalodon, ModelState
-from megalodon_deploy.train.objective import Objective
+from megalodon_deploy.train.objective import MicroBatch, Objective
 
 Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, by the names of its own state
@@ -52,6 +53,17 @@ class Plan(Protocol):
 
     def parameter_groups(self, objective: nn.Module) -> list[list[nn.Parameter]]:
         """Parameters that one operator of the optimiser can take together."""
+        ...
+
+    def accumulate(
+        self, objective: nn.Module, parts: Sequence[MicroBatch], num_targets: int
+    ) -> tuple[Tensor, list[ModelState | None]]:
+        """Forward and backward pass of every part, gradients added up: this rank's share of the sum of losses over
+        `num_targets`, float64, and the states after the parts, cut from their graphs; None where there was none."""
+        ...
+
+    def measure(self, objective: nn.Module, parts: Sequence[MicroBatch]) -> float:
+        """The sum of losses of parts that all ranks have, without gradients; the same on every rank."""
         ...
 
     def reduce_gradients(self, objective: nn.Module) -> None:
@@ -111,6 +123,23 @@ class OneProcess:
 
     def parameter_groups(self, objective: nn.Module) -> list[list[nn.Parameter]]:
         return [list(objective.parameters())]
+
+    def accumulate(
+        self, objective: nn.Module, parts: Sequence[MicroBatch], num_targets: int
+    ) -> tuple[Tensor, list[ModelState | None]]:
+        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        states: list[ModelState | None] = []
+        for part in parts:
+            loss, after = objective(*part)
+            loss = loss / num_targets
+            loss.backward()
+            total += loss.detach()
+            states.append(None if part.state is None else after.detach())
+        return total, states
+
+    @torch.no_grad()
+    def measure(self, objective: nn.Module, parts: Sequence[MicroBatch]) -> float:
+        return sum(float(objective(*part)[0]) for part in parts)
 
     def reduce_gradients(self, objective: nn.Module) -> None:
         pass

@@ -23,7 +23,7 @@ from megalodon_deploy.model.checkpoint import load_checkpoint
 from megalodon_deploy.model.megalodon import Megalodon, ModelState
 from megalodon_deploy.train.config import Measurement, RunConfig, TrainConfig
 from megalodon_deploy.train.data.rows import Batch, Part, evaluation_batches, open_rows
-from megalodon_deploy.train.objective import Objective
+from megalodon_deploy.train.objective import MicroBatch, Objective
 from megalodon_deploy.train.plan import Plan, Snapshot, join_rows
 from megalodon_deploy.train.schedule import learning_rate, run_fraction
 from megalodon_deploy.train.speed import flops_per_token, peak_flops
@@ -70,7 +70,7 @@ class Trainer:
         self.bytes_per_token = held_out.bytes_per_token
         self.model = build_model(config)
         prepare_blocks(self.model, run, plan)
-        self.objective = plan.prepare(Objective(self.model, run.logits_at_once))
+        self.objective = plan.prepare(Objective(self.model, run.logits_at_once, autocasts=run.precision == "bfloat16"))
         settings = config.optimizer
         # Decay acts on every stored weight, as released: norm weights are stored minus one, so it pulls scales to 1.
         self.optimizer = torch.optim.AdamW(
@@ -129,11 +129,11 @@ class Trainer:
             group["lr"] = rate
         batch = self.rows.next(self.mine)
         self.optimizer.zero_grad()
-        loss = torch.zeros((), device=self.plan.device, dtype=torch.float64)
-        for index, (begin, end) in enumerate(self._micro_ranges()):
-            part = self._loss(batch.part(begin, end), index) / batch.num_targets
-            part.backward()  # type: ignore[no-untyped-call]
-            loss += part.detach()
+        parts = [
+            self.micro_batch(batch.part(begin, end), state)
+            for (begin, end), state in zip(self._micro_ranges(), self.states, strict=True)
+        ]
+        loss, self.states = self.plan.accumulate(self.objective, parts, batch.num_targets)
         self.plan.reduce_gradients(self.objective)
         norm = self.plan.clip_gradients(self.objective, self.config.optimizer.clip_norm)
         value = self.plan.sum(loss).item()
@@ -146,26 +146,15 @@ class Trainer:
             self.first_loss = value
         self.latest = {"loss": value, "learning_rate": rate, "gradient_norm": norm.item()}
 
-    def _loss(self, batch: Batch, index: int | None) -> Tensor:
-        """Sum over the batch's targets; with `index` the rows of that micro-batch go on from their state."""
+    def micro_batch(self, batch: Batch, state: ModelState | None) -> MicroBatch:
+        """On the device; rows of streams go on from `state`, those of new documents from position 0."""
         device = self.plan.device
         tokens, targets = (torch.from_numpy(values).to(device) for values in (batch.tokens, batch.targets))
-        state = None
-        if index is not None and batch.fresh is not None:
-            state = self._carried(index, batch)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.run.precision == "bfloat16"):
-            loss, after = self.objective(tokens, targets, batch.documents, state)
-        if state is not None:
-            assert after is not None, "Bug: rows of streams without a state"
-            self.states[index or 0] = after.detach()
-        result: Tensor = loss
-        return result
-
-    def _carried(self, index: int, batch: Batch) -> ModelState:
-        """The state that the rows of a micro-batch go on from; rows of new documents stand at position 0."""
-        state = self.states[index] or self.model.initial_state(len(batch.tokens))
-        fresh = torch.from_numpy(batch.fresh).to(self.plan.device)
-        return ModelState(state.position.masked_fill(fresh, 0), state.tensors)
+        if batch.fresh is None:
+            return MicroBatch(tokens, targets, batch.documents)
+        state = state or self.model.initial_state(len(tokens))
+        position = state.position.masked_fill(torch.from_numpy(batch.fresh).to(device), 0)
+        return MicroBatch(tokens, targets, None, ModelState(position, state.tensors))
 
     def is_evaluation_due(self) -> bool:
         """Whether the run has passed the next mark."""
@@ -192,14 +181,13 @@ class Trainer:
         every = self.config.checkpoint.every_steps
         return evaluated if every is None else self.num_steps % every == 0 or self.best_step == self.num_steps
 
-    @torch.no_grad()
     def evaluate(self) -> None:
         """Add the held-out loss to the curve. Every rank computes all of it: the number is the same everywhere."""
         self.next_mark = self._mark()
         if not self.evaluation:
             return
-        total = sum(self._loss(batch, None).item() for batch in self.evaluation)
-        loss = total / sum(batch.num_targets for batch in self.evaluation)
+        parts = [self.micro_batch(batch, None) for batch in self.evaluation]
+        loss = self.plan.measure(self.objective, parts) / sum(batch.num_targets for batch in self.evaluation)
         self._check(loss)
         assert self.train_loss is not None, "Bug: evaluated before the first step"
         bits = loss / (math.log(2) * self.bytes_per_token)

@@ -92,6 +92,7 @@ def collect(model: Megalodon) -> Iterator[Arrays]:
     """Tensors of the next call of `model`, float32, by the counterparts' names of `tapped_names`."""
     taken: Arrays = {}
     handles = [model.layers[0].register_forward_pre_hook(_input_hook(taken, "embed"))]
+    assert model.output is not None, "Bug: a stage of a pipeline"
     handles.append(model.output.final_norm.register_forward_hook(_output_hook(taken, "output.final_norm")))
     layer: Any  # PyTorch types a module list's items as modules without attributes
     for index, layer in enumerate(model.layers):

@@ -104,7 +104,7 @@ def two_calls(case: Case, plan: Plan, tokens: Tensor) -> Outcome:
     """Two sequences whose gradients add up, the second going on from the first but in one row."""
     model = make_model(case)
     prepare_blocks(model, case.run, plan)
-    objective = plan.prepare(Objective(model, 1000))
+    objective = plan.prepare(Objective(model, 1000, autocasts=case.bfloat16))
     rows, length = plan.rows(BATCH), tokens.shape[1] // 2
     inside = (DOCUMENTS[:, 0] >= rows.start) & (DOCUMENTS[:, 0] < rows.stop)
     documents = DOCUMENTS[inside] - [rows.start, 0, 0] if case.documents else None
@@ -117,9 +117,8 @@ def two_calls(case: Case, plan: Plan, tokens: Tensor) -> Outcome:
         if state is not None:
             state = ModelState(state.position.masked_fill(fresh, 0), state.tensors)
         with nullcontext() if case.compile else traffic:  # nothing is compiled under such a mode
-            with torch.autocast("cpu", torch.bfloat16, enabled=case.bfloat16):
-                targets = tokens[rows, begin + 1 : begin + length + 1]
-                value, state = objective(tokens[rows, part], targets, documents, state)
+            targets = tokens[rows, begin + 1 : begin + length + 1]
+            value, state = objective(tokens[rows, part], targets, documents, state)
             value.backward()
         loss += value.detach()
         state = state and state.detach()

@@ -141,11 +141,13 @@ def test_streams_carry_state_over_long_documents(tmp_path: Path) -> None:
     config = tiny_run(tmp_path, run__steps=4, data__rows="streams", run__seq_len=48)
     train(moved(config, tmp_path / "carried"))
 
-    def forget(self: Any, index: int, batch: Any) -> Any:
-        return self.model.initial_state(len(batch.tokens))
+    micro_batch = trainer.Trainer.micro_batch
+
+    def forget(self: Any, batch: Any, state: Any) -> Any:
+        return micro_batch(self, batch, None)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.Trainer, "_carried", forget)
+        patch.setattr(trainer.Trainer, "micro_batch", forget)
         train(moved(config, tmp_path / "forgotten"))
     carried, forgotten = losses(tmp_path / "carried"), losses(tmp_path / "forgotten")
     assert carried[0] == forgotten[0]

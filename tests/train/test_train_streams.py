@@ -75,9 +75,9 @@ def row_losses(trainer: Trainer, part: Batch, index: int) -> list[float]:
     for row in range(len(part.tokens)):
         targets = part.targets.copy()
         targets[[other for other in range(len(targets)) if other != row]] = NO_TARGET
-        trainer.states[index] = before
         alone = Batch(part.tokens, targets, None, part.fresh, part.num_targets)
-        losses.append(trainer._loss(alone, index).item())
+        loss, trainer.states[index] = trainer.objective(*trainer.micro_batch(alone, before))
+        losses.append(loss.item())
     return losses
 
 

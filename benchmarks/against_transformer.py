@@ -3,8 +3,7 @@
     python benchmarks/against_transformer.py --steps 300 --out benchmarks/results/against_transformer.json
 
 Both models see the same windows of the standard library's source in the same order with the same optimiser. Their
-steps take turns, so a busy machine slows both; peak memory is that of a process of its own for each model. The
-transformer is what the field trains: RMSNorm, rotary positions, PyTorch's fused causal attention, SwiGLU.
+steps take turns, so a busy machine slows both; peak memory is that of a process of its own for each model.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import json
 import math
 import platform
 import statistics
-import subprocess
 import sys
 import sysconfig
 import time
@@ -23,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from child_process import most_resident_bytes, run_again
 from torch import Tensor, nn
-from torch.nn import functional
+from transformer_baseline import Transformer
 
 from megalodon_deploy.cpus import limit_spinning, usable_cpus
 from megalodon_deploy.files import atomic_file
-from megalodon_deploy.model.attention import Rotation
 from megalodon_deploy.model.megalodon import Megalodon
 from megalodon_deploy.train import DataConfig, byte_model
 from megalodon_deploy.train.data.rows import Batch, WindowRows, evaluation_batches, split
@@ -41,59 +39,12 @@ VOCABULARY = 256
 MODELS = ("megalodon", "transformer")
 
 
-class TransformerBlock(nn.Module):
-    """Pre-norm attention and SwiGLU, as in Llama."""
-
-    def __init__(self, dim: int, heads: int, hidden: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.attention_norm, self.ffn_norm = nn.RMSNorm(dim), nn.RMSNorm(dim)
-        self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
-        self.gate_up, self.down = nn.Linear(dim, 2 * hidden, bias=False), nn.Linear(hidden, dim, bias=False)
-
-    def forward(self, x_BTD: Tensor, rotation: Rotation) -> Tensor:
-        batch, num_tokens, _ = x_BTD.shape
-        qkv = self.qkv(self.attention_norm(x_BTD)).view(batch, num_tokens, 3, self.heads, -1)
-        q, k = rotation(qkv[:, :, :2]).unbind(2)
-        heads = (tensor.transpose(1, 2) for tensor in (q, k, qkv[:, :, 2]))
-        attended = functional.scaled_dot_product_attention(*heads, is_causal=True)
-        x_BTD = x_BTD + self.out(attended.transpose(1, 2).flatten(2))
-        gate, up = self.gate_up(self.ffn_norm(x_BTD)).chunk(2, -1)
-        return x_BTD + self.down(functional.silu(gate) * up)
-
-
-class Transformer(nn.Module):
-    """A Llama-like language model."""
-
-    def __init__(self, dim: int, layers: int, heads: int, hidden: int) -> None:
-        super().__init__()
-        self.head_dim = dim // heads
-        self.embed = nn.Embedding(VOCABULARY, dim)
-        self.layers = nn.ModuleList(TransformerBlock(dim, heads, hidden) for _ in range(layers))
-        self.norm = nn.RMSNorm(dim)
-        self.output = nn.Linear(dim, VOCABULARY, bias=False)
-        for parameter in self.parameters():
-            if parameter.ndim == 2:
-                nn.init.normal_(parameter, std=0.02)
-        for block in self.layers:  # residual branches start small, as in GPT-2 and its heirs
-            for linear in (block.out, block.down):
-                nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * layers))
-
-    def hidden(self, tokens_BT: Tensor) -> Tensor:
-        x_BTD = self.embed(tokens_BT)
-        positions = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).unsqueeze(0)
-        rotation = Rotation.at(positions, self.head_dim, 10000.0, x_BTD.dtype)
-        for layer in self.layers:
-            x_BTD = layer(x_BTD, rotation)
-        return self.norm(x_BTD)
-
-
 def build(kind: str, arguments: argparse.Namespace) -> tuple[nn.Module, Callable[[Tensor], Tensor], Tensor]:
     """(model, tokens [B, T] -> [B, T, D], output matrix [V, D])."""
     torch.manual_seed(0)
     dim, layers = arguments.dim, arguments.layers
     if kind == "transformer":
-        transformer = Transformer(dim, layers, dim // 64, 8 * dim // 3 // 32 * 32)
+        transformer = Transformer(dim, layers, VOCABULARY)
         return transformer, transformer.hidden, transformer.output.weight
     # The widths of the published models: Z = D/4, E = 2D, F = 2.5 D.
     config = byte_model(
@@ -161,18 +112,12 @@ def peak_bytes(kind: str, arguments: argparse.Namespace) -> int:
     runner, (rows, _) = Runner(kind, arguments), open_data(arguments)
     if arguments.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
-    before = _most_resident_bytes()
+    before = most_resident_bytes()
     for _ in range(3):
         runner.step(rows.next(slice(0, arguments.batch_size)))
     if arguments.device != "cpu":
         return torch.cuda.max_memory_allocated()
-    return _most_resident_bytes() - before + 4 * runner.num_parameters
-
-
-def _most_resident_bytes() -> int:
-    """Of this process so far; `getrusage` would count its parent's too."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+    return most_resident_bytes() - before + 4 * runner.num_parameters
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -192,15 +137,10 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
             "step_seconds_median": statistics.median(runner.seconds),
             "step_cpu_seconds_median": statistics.median(runner.cpu_seconds),
             "held_out_loss": runner.held_out_loss(evaluation),
-            "peak_bytes": _peak_in_child(kind),
+            "peak_bytes": run_again("--memory-of", kind),
         }
         for kind, runner in runners.items()
     }
-
-
-def _peak_in_child(kind: str) -> int:
-    command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", kind]
-    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def main() -> None:

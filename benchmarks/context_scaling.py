@@ -166,18 +166,14 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def draw(results: list[dict[str, Any]], target: Path) -> None:
-    with pyplot_figure(target) as axes:
-        for kind, color in zip(MODELS, ("tab:blue", "tab:orange"), strict=True):
-            rows = [result for result in results if result["model"] == kind]
-            read = [row for row in rows if row["read_cpu_seconds"] is not None]
-            contexts = [row["context"] for row in read]
-            axes.plot(
-                contexts, [row["read_cpu_seconds"] for row in read], "o-", color=color, label=f"{kind}: read all, s"
-            )
-            contexts = [row["context"] for row in rows]
-            per_token = [row["next_token_cpu_ms"] for row in rows]
-            axes.plot(contexts, per_token, "s--", color=color, label=f"{kind}: next token, ms")
-        axes.set(xlabel="context, tokens", ylabel="processor time", xscale="log", yscale="log")
+    columns = ("read_cpu_seconds", "next_token_cpu_ms", "state_bytes")
+    titles = ("time to read all, s", "time of the next token, ms", "a stream keeps, bytes")
+    with pyplot_figure(target, panels=len(columns)) as panels:
+        for axes, column, title in zip(panels, columns, titles, strict=True):
+            for kind in MODELS:
+                rows = [row for row in results if row["model"] == kind and row[column] is not None]
+                axes.plot([row["context"] for row in rows], [row[column] for row in rows], "o-", label=kind)
+            axes.set(title=title, xlabel="context, tokens", xscale="log", yscale="log")
 
 
 def write(out: Path, document: dict[str, Any]) -> None:

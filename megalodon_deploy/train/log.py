@@ -120,17 +120,19 @@ def draw_losses(rows: Sequence[Mapping[str, str]], target: Path) -> None:
 
 
 @contextmanager
-def pyplot_figure(target: Path) -> Iterator[Any]:
-    """Yield matplotlib's axes and save them with a grid and a legend, whole or not at all."""
+def pyplot_figure(target: Path, panels: int = 1) -> Iterator[Any]:
+    """Yield matplotlib's axes, an array of them for several panels, and save them with grids and legends, whole or
+    not at all."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = pyplot.subplots(1, panels, figsize=(7 if panels == 1 else 4.5 * panels, 4), layout="constrained")
     yield axes
-    axes.grid(alpha=0.3)
-    axes.legend()
+    for panel in figure.axes:
+        panel.grid(alpha=0.3)
+        panel.legend()
     with atomic_file(target) as path:
         figure.savefig(path, format=target.suffix[1:])
     pyplot.close(figure)

@@ -65,7 +65,7 @@ class _Streams:
         self._config = bundle.config
         self._exact, self._plain = load_bundle_model(bundle).double(), load_bundle_model(bundle)
         self._exact_state, self._plain_state = self._exact.initial_state(1), self._plain.initial_state(1)
-        self._stream = bundle.session("onnxruntime").stream()
+        self._stream = bundle.session("onnxruntime", threads=1).stream()
         self._worst = dict.fromkeys(_STATES, 0.0)
 
     def feed(self, tokens_T: np.ndarray) -> None:

@@ -5,6 +5,8 @@
         training/progress.json     step, place in the data, random numbers, curve
         training/moments.safetensors    AdamW's moments by weight
         training/stream.safetensors     state of the rows, where it is carried from step to step
+        weights/, training/moments/     in the place of model.safetensors and moments.safetensors, with one file of
+                                        each rank, where ranks write their own parts
     latest, best                   links to two of them
     log.csv, loss.svg, samples/, tensorboard/
 
@@ -17,26 +19,33 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch import distributed as dist
 
 from megalodon_deploy.config import MegalodonConfig
-from megalodon_deploy.errors import TrainError
+from megalodon_deploy.errors import CheckpointError, TrainError
 from megalodon_deploy.files import atomic_directory, atomic_file
 from megalodon_deploy.model.checkpoint import TokenizerSource
-from megalodon_deploy.model.checkpoint.native import WEIGHTS_FILE, write_native
+from megalodon_deploy.model.checkpoint.native import PARTS_FOLDER, WEIGHTS_FILE, write_config, write_native
+from megalodon_deploy.model.checkpoint.parts import open_parts
 from megalodon_deploy.model.checkpoint.recognise import LATEST_OF_RUN
+from megalodon_deploy.model.checkpoint.tensor_file import open_tensor_file
+from megalodon_deploy.train.parts import load_parts, save_parts
 from megalodon_deploy.train.plan import Snapshot
 
 CONFIG_FILE = "config.toml"
 LATEST, BEST = LATEST_OF_RUN, "best"
 _CHECKPOINTS, _TRAINING = "checkpoints", "training"
 _PROGRESS, _MOMENTS, _STREAM = "progress.json", "moments.safetensors", "stream.safetensors"
+_MOMENT_PARTS = "moments"
 _PREFIX = "step-"
 _OURS = (_CHECKPOINTS, LATEST, BEST, CONFIG_FILE, "log.csv", "loss.svg", "samples", "tensorboard")
 
@@ -87,16 +96,29 @@ class RunFolder:
         progress: Mapping[str, Any],
         tokenizer: TokenizerSource,
         best_step: int | None,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
-        """One checkpoint, then the links, then what is not kept any more is removed."""
-        with atomic_directory(self.path(step), overwrite=True) as directory:
-            write_native(directory, config, snapshot.weights, tokenizer)
+        """One checkpoint, then the links, then what is not kept any more is removed.
+
+        With a group all its ranks call it, each with its own snapshot: each writes its parts, the first one the rest.
+        """
+        with _shared_directory(self.path(step), group) as directory:
+            training = directory / _TRAINING
+            if group is None:
+                write_native(directory, config, snapshot.weights, tokenizer)
+                training.mkdir()
+                save_file(snapshot.moments, training / _MOMENTS)
+            else:
+                save_parts(directory / PARTS_FOLDER, snapshot.weights, group)
+                save_parts(training / _MOMENT_PARTS, snapshot.moments, group)
+                if group.rank() != 0:
+                    return
+                parts = sorted(file.name for file in (directory / PARTS_FOLDER).iterdir())
+                write_config(directory, config, tokenizer, parts)
             if tokenizer.file:
                 shutil.copyfile(tokenizer.file, directory / tokenizer.file.name)
-            (directory / _TRAINING).mkdir()
-            save_file(snapshot.moments, directory / _TRAINING / _MOMENTS)
-            save_file(snapshot.stream, directory / _TRAINING / _STREAM)
-            (directory / _TRAINING / _PROGRESS).write_text(json.dumps(progress, indent=1) + "\n", encoding="utf-8")
+            save_file(snapshot.stream, training / _STREAM)
+            (training / _PROGRESS).write_text(json.dumps(progress, indent=1) + "\n", encoding="utf-8")
         self.link(best_step)
         for old in self.steps()[: -self.keep]:
             if old != best_step:
@@ -120,19 +142,66 @@ class RunFolder:
             raise TrainError(f"{path}: damaged ({error}); remove {path.parents[1]} to go on before it") from error
         return progress
 
-    def read_snapshot(self, step: int) -> Snapshot:
+    def read_tensors(self, step: int, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+        """Fill weights and moments, each the whole or this rank's part. Raises `TrainError` when a file is damaged."""
         directory = self.path(step)
-        files = (directory / WEIGHTS_FILE, directory / _TRAINING / _MOMENTS, directory / _TRAINING / _STREAM)
-        try:
-            return Snapshot(*(load_file(path) for path in files))
-        except (OSError, SafetensorError) as error:
-            raise TrainError(f"{directory}: damaged ({error}); remove it to go on from the one before") from error
+        training = directory / _TRAINING
+        with _damage(directory):
+            if (directory / PARTS_FOLDER).is_dir():
+                _read_parts(directory / PARTS_FOLDER, weights)
+                _read_parts(training / _MOMENT_PARTS, moments)
+            else:
+                _read_file(directory / WEIGHTS_FILE, weights)
+                _read_file(training / _MOMENTS, moments)
+
+    def read_stream(self, step: int) -> dict[str, Tensor]:
+        """State of all rows; empty where none is carried. Raises `TrainError` when the file is damaged."""
+        directory = self.path(step)
+        with _damage(directory):
+            return load_file(directory / _TRAINING / _STREAM)
 
     def _link(self, name: str, step: int) -> None:
         temporary = self.out / f".{name}.new"
         temporary.unlink(missing_ok=True)
         os.symlink(self.path(step).relative_to(self.out), temporary, target_is_directory=True)
         os.replace(temporary, self.out / name)
+
+
+@contextmanager
+def _shared_directory(target: Path, group: dist.ProcessGroup | None) -> Iterator[Path]:
+    """As `atomic_directory`, one for all ranks of a group: that of the first, which renames it when it is done."""
+    if group is None or group.rank() == 0:
+        with atomic_directory(target, overwrite=True) as directory:
+            if group is not None:
+                dist.broadcast_object_list([str(directory)], group=group, group_src=0)
+            yield directory
+        return
+    name: list[str] = [""]
+    dist.broadcast_object_list(name, group=group, group_src=0)
+    yield Path(name[0])
+
+
+@contextmanager
+def _damage(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError, CheckpointError) as error:
+        raise TrainError(f"{directory}: damaged ({error}); remove it to go on from the one before") from error
+
+
+def _read_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    if tensors:
+        open_tensor_file(path)  # tells damage in a line
+        load_parts(path.parent, tensors)
+
+
+def _read_parts(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    if tensors:
+        # PyTorch would leave as it was what no file has.
+        open_parts(
+            sorted(folder.glob("*.safetensors")), {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        )
+        load_parts(folder, tensors)
 
 
 class BackgroundWriter:

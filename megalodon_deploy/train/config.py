@@ -107,6 +107,7 @@ class CheckpointConfig(Section):
         "write a checkpoint so often, and at each best evaluation; default: at each evaluation", None, least=1
     )
     keep: int = setting("latest checkpoints that are kept, and the best one besides", 2, least=1)
+    sharded: bool | None = setting("each process writes its part; default: where weights are shared out", None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,7 +90,7 @@ class Session:
         if resume and steps:
             progress = self.folder.read_progress(steps[-1])
             _check_same_run(progress["identity"], self._identity())
-            self.trainer.restore(self.folder.read_snapshot(steps[-1]), progress)
+            self.trainer.restore(self.folder, progress)
             self.saved_step = steps[-1]
         if self.plan.rank == 0:
             if not resume:
@@ -152,10 +152,8 @@ class Session:
         if snapshot is None:
             return
         progress = {"identity": self._identity(), **trainer.progress()}
-        tokenizer = _tokenizer_source(self.config)
-        self.writer.submit(
-            self.folder.write, trainer.num_steps, self.config.model, snapshot, progress, tokenizer, trainer.best_step
-        )
+        described = self.config.model, snapshot, progress, _tokenizer_source(self.config), trainer.best_step
+        self.writer.submit(self.folder.write, trainer.num_steps, *described, self.plan.checkpoint_group)
 
     def _identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one before."""

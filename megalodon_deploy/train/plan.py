@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.optim import Optimizer
 
 from megalodon_deploy.model.megalodon import Megalodon, ModelState
@@ -24,7 +25,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, by the names of its own state
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A copy of what is trained, whole and on the CPU, that later steps do not change."""
+    """A copy of what is trained, on the CPU, that later steps do not change: whole, or what one rank holds."""
 
     weights: dict[str, Tensor]  # by released name
     moments: dict[str, Tensor]  # `exp_avg.NAME` and `exp_avg_sq.NAME`; empty before the first step
@@ -37,6 +38,7 @@ class Plan(Protocol):
     rank: int
     world_size: int
     device: torch.device
+    checkpoint_group: dist.ProcessGroup | None  # on CPUs, of ranks that each write a part of a checkpoint
 
     def rows(self, batch_size: int) -> slice:
         """The rows of a step that this rank computes. Raises `TrainError` when they do not divide."""
@@ -87,11 +89,8 @@ class Plan(Protocol):
         ...
 
     def capture(self, model: Megalodon, optimizer: Optimizer, state: ModelState | None) -> Snapshot | None:
-        """A snapshot on rank 0, None elsewhere; all ranks call it. `state` is this rank's rows, on the CPU or not."""
-        ...
-
-    def restore(self, snapshot: Snapshot, model: Megalodon, optimizer: Optimizer, num_steps: int) -> None:
-        """Put weights and moments back, as after `num_steps` steps; every rank has read the same snapshot."""
+        """A whole snapshot on rank 0, None elsewhere; with `checkpoint_group` each rank's own, but the stream of rank 0
+        alone. All ranks call it. `state` is this rank's rows, on the CPU or not."""
         ...
 
     def own_state(self, state: ModelState) -> ModelState:
@@ -108,6 +107,7 @@ class OneProcess:
 
     rank = 0
     world_size = 1
+    checkpoint_group: dist.ProcessGroup | None = None
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -157,31 +157,10 @@ class OneProcess:
         return flag
 
     def capture(self, model: Megalodon, optimizer: Optimizer, state: ModelState | None) -> Snapshot | None:
-        named = dict(model.named_parameters())
-        moments = {
-            f"{moment}.{name}": self._copy(optimizer.state[parameter][moment])
-            for name, parameter in named.items()
-            for moment in MOMENTS
-            if parameter in optimizer.state
-        }
+        tensors = training_tensors(model, optimizer)
         stream = {} if state is None else {"position": state.position, **state.tensors}
-        return Snapshot(
-            {name: self._copy(parameter) for name, parameter in named.items()},
-            moments,
-            {name: self._copy(tensor) for name, tensor in stream.items()},
-        )
-
-    @torch.no_grad()
-    def restore(self, snapshot: Snapshot, model: Megalodon, optimizer: Optimizer, num_steps: int) -> None:
-        for name, parameter in model.named_parameters():
-            parameter.copy_(self._part(snapshot.weights[name], parameter))
-            if num_steps == 0 or not parameter.requires_grad:
-                continue
-            moments = {moment: snapshot.moments[f"{moment}.{name}"] for moment in MOMENTS}
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(num_steps), device=parameter.device),
-                **{moment: self._part(tensor, parameter).clone() for moment, tensor in moments.items()},
-            }
+        kinds = (*tensors, stream)
+        return Snapshot(*({name: self._copy(tensor) for name, tensor in kind.items()} for kind in kinds))
 
     def own_state(self, state: ModelState) -> ModelState:
         return state
@@ -193,12 +172,28 @@ class OneProcess:
         """What all ranks together hold of a parameter or moment."""
         return tensor
 
-    def _part(self, tensor: Tensor, like: Tensor) -> Tensor:
-        """What this rank holds of a whole tensor, as it does of `like`."""
-        return tensor.to(like.device)
-
     def barrier(self) -> None:
         pass
+
+
+def training_tensors(model: Megalodon, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights by released name, and the moments that there are so far by `exp_avg.NAME`; nothing is copied."""
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    moments = {
+        f"{moment}.{name}": optimizer.state[parameter][moment]
+        for name, parameter in model.named_parameters()
+        for moment in MOMENTS
+        if parameter in optimizer.state
+    }
+    return weights, moments
+
+
+def set_steps(model: Megalodon, optimizer: Optimizer, num_steps: int) -> None:
+    """Let the optimiser have done `num_steps` steps; its moments are zeros, to be filled."""
+    for parameter in model.parameters():
+        if num_steps and parameter.requires_grad:
+            moments = {moment: torch.zeros_like(parameter.detach()) for moment in MOMENTS}
+            optimizer.state[parameter] = {"step": torch.tensor(float(num_steps), device=parameter.device), **moments}
 
 
 def join_rows(states: list[ModelState]) -> ModelState:

@@ -21,10 +21,11 @@ from torch.utils.checkpoint import checkpoint
 from megalodon_deploy.errors import TrainError
 from megalodon_deploy.model.checkpoint import load_checkpoint
 from megalodon_deploy.model.megalodon import Megalodon, ModelState
+from megalodon_deploy.train.checkpoints import RunFolder
 from megalodon_deploy.train.config import Measurement, RunConfig, TrainConfig
 from megalodon_deploy.train.data.rows import Batch, Part, evaluation_batches, open_rows
 from megalodon_deploy.train.objective import MicroBatch, Objective
-from megalodon_deploy.train.plan import Plan, Snapshot, join_rows
+from megalodon_deploy.train.plan import Plan, Snapshot, join_rows, set_steps, training_tensors
 from megalodon_deploy.train.schedule import learning_rate, run_fraction
 from megalodon_deploy.train.speed import flops_per_token, peak_flops
 
@@ -235,7 +236,7 @@ class Trainer:
         return f"loss {self.train_loss:.3f}{held_out}, {times}"
 
     def capture(self) -> Snapshot | None:
-        """A copy that later steps do not change; on rank 0."""
+        """A copy that later steps do not change, of ranks that write it."""
         held = [state for state in self.states if state is not None]
         return self.plan.capture(self.model, self.optimizer, join_rows(held) if held else None)
 
@@ -252,10 +253,11 @@ class Trainer:
             "best": self.best,
         }
 
-    def restore(self, snapshot: Snapshot, progress: dict[str, Any]) -> None:
-        """Go on exactly where `capture` and `progress` were."""
+    def restore(self, folder: RunFolder, progress: dict[str, Any]) -> None:
+        """Go on exactly where `capture` and `progress` were, with this rank's part of what lies in the folder."""
         self.num_steps = progress["step"]
-        self.plan.restore(snapshot, self.model, self.optimizer, self.num_steps)
+        set_steps(self.model, self.optimizer, self.num_steps)
+        folder.read_tensors(self.num_steps, *training_tensors(self.model, self.optimizer))
         self.rows.restore(progress["rows"])
         torch.set_rng_state(torch.from_numpy(np.frombuffer(bytes.fromhex(progress["random"]), np.uint8).copy()))
         self.first_loss = progress["first_loss"]
@@ -264,8 +266,8 @@ class Trainer:
         self.best = tuple(progress["best"]) if progress["best"] else None
         self._seconds_before = progress["seconds"]
         self.next_mark = self._mark()
-        if snapshot.stream:
-            self._restore_stream(snapshot.stream)
+        if stream := folder.read_stream(self.num_steps):
+            self._restore_stream(stream)
 
     def _restore_stream(self, stream: dict[str, Tensor]) -> None:
         for index, (begin, end) in enumerate(self._micro_ranges()):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from train.training_helpers import weights
 
 from megalodon_deploy.errors import TrainError
 from megalodon_deploy.train import train
-from megalodon_deploy.train.checkpoints import RunFolder
 from megalodon_deploy.train.parallel.plan import Layout
 
 TWO = ["data", "chunk", "chunk exact", "chunk recomputed", "chunk compiled", "chunk bfloat16", "chunk real"]
@@ -37,39 +35,15 @@ def test_gradients_are_those_of_one_process(num_processes: int, cases: list[str]
             assert error <= 1, f"{case}: {name} {error:.3g} times the tolerance"  # False for NaN
 
 
-SHARED_OUT = {"parallel__shard": True, "log__sample_tokens": 3, "run__micro_batch_size": 1}
-
-
-@pytest.mark.parametrize(
-    ("num_processes", "chunk", "settings"),
-    [(2, 1, {}), (2, 2, {}), (4, 2, {}), (2, 1, SHARED_OUT)],
-    ids=["data", "chunk", "data x chunk", "shard"],
-)
-def test_a_run_is_the_same_on_any_number_of_processes(
-    num_processes: int, chunk: int, settings: dict[str, Any], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("num_processes", "chunk"), [(2, 1), (2, 2), (4, 2)], ids=["data", "chunk", "data x chunk"])
+def test_a_run_is_the_same_on_any_number_of_processes(num_processes: int, chunk: int, tmp_path: Path) -> None:
     """Streams carry their state from step to step, so a wrong state shows in the second loss."""
     alone = train(parallel_run(tmp_path, "alone", 1))
-    run_cli(num_processes, parallel_run(tmp_path, "together", chunk, **settings), tmp_path)
+    run_cli(num_processes, parallel_run(tmp_path, "together", chunk), tmp_path)
     torch.testing.assert_close(losses(tmp_path / "together"), losses(alone.path), rtol=2e-5, atol=0)
     expected = weights(alone.path)
     for name, found in weights(tmp_path / "together").items():
         torch.testing.assert_close(found, expected[name], rtol=0, atol=2e-3, msg=name)  # Adam divides small numbers
-
-
-def test_a_run_goes_on_on_another_number_of_processes(tmp_path: Path) -> None:
-    """From chunks over two processes to one, and on with weights over two."""
-    whole = train(parallel_run(tmp_path, "whole", 1))
-    often = {"checkpoint__every_steps": 2, "checkpoint__keep": 3, "evaluation__every_steps": 6}
-    run_cli(2, parallel_run(tmp_path, "moved", 2, **often), tmp_path)
-    folder = RunFolder(tmp_path / "moved", keep=3)
-    for step in (4, 6):
-        shutil.rmtree(folder.path(step))
-    train(parallel_run(tmp_path, "moved", 1, **often), resume=True)
-    shutil.rmtree(folder.path(6))
-    run_cli(2, parallel_run(tmp_path, "moved", 1, parallel__shard=True, **often), tmp_path, "--resume")
-    assert folder.steps() == [2, 4, 6]
-    torch.testing.assert_close(losses(tmp_path / "moved"), losses(whole.path), rtol=2e-5, atol=0)
 
 
 @pytest.mark.parametrize(

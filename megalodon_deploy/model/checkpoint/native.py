@@ -1,9 +1,12 @@
-"""Our own layout: `config.json` and `model.safetensors`, tensors under their released names."""
+"""Our own layout: `config.json` and `model.safetensors`, tensors under their released names.
+
+Where ranks of a training run wrote parts, `config.json` lists the files of the folder `weights` that hold them.
+"""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -15,6 +18,7 @@ from megalodon_deploy.bundle import TokenizerKind
 from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.errors import CheckpointError
 from megalodon_deploy.model.checkpoint.document import CONFIG_FILE, build_config, read_json, write_json
+from megalodon_deploy.model.checkpoint.parts import open_parts
 from megalodon_deploy.model.checkpoint.tensor_file import open_tensor_file
 from megalodon_deploy.model.checkpoint.types import Checkpoint, LazyTensor, TokenizerSource
 from megalodon_deploy.model.checkpoint.validate import check_tensors, read_checked
@@ -23,6 +27,7 @@ from megalodon_deploy.parameters import parameter_specs
 FORMAT = "megalodon-deploy"
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "model.safetensors"
+PARTS_FOLDER = "weights"
 
 
 def read_native(path: Path) -> Checkpoint:
@@ -37,14 +42,31 @@ def read_native(path: Path) -> Checkpoint:
     if not isinstance(document.get("config"), dict):
         raise CheckpointError(f'{config_path}: has no "config" object')
     config = build_config(config_path, document["config"])
-    file = open_tensor_file(weights_path)
-    check_tensors(weights_path, file.entries, {spec.name: spec.shape for spec in parameter_specs(config)})
-    tensors = {
-        spec.name: LazyTensor(spec.shape, file.entries[spec.name].dtype, partial(read_checked, file, spec.name))
-        for spec in parameter_specs(config)
-    }
+    shapes = {spec.name: spec.shape for spec in parameter_specs(config)}
+    if document.get("parts") is None:
+        file = open_tensor_file(weights_path)
+        check_tensors(weights_path, file.entries, shapes)
+        files, tensors = (
+            [file],
+            {
+                name: LazyTensor(shape, file.entries[name].dtype, partial(read_checked, file, name))
+                for name, shape in shapes.items()
+            },
+        )
+    else:
+        files, tensors = open_parts(_part_paths(config_path, document["parts"]), shapes)
     tokenizer = _tokenizer(config_path, document.get("tokenizer"))
-    return Checkpoint(path, "native", config, tokenizer, (file,), tensors)
+    return Checkpoint(path, "native", config, tokenizer, tuple(files), tensors)
+
+
+def _part_paths(config_path: Path, stated: Any) -> list[Path]:
+    if not isinstance(stated, list) or not all(isinstance(name, str) and Path(name).name == name for name in stated):
+        raise CheckpointError(f"{config_path}: parts is {stated!r}, expected a list of names of files")
+    folder = config_path.parent / PARTS_FOLDER
+    for name in stated:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name} is missing; {CONFIG_FILE} lists {len(stated)} parts of the weights")
+    return [folder / name for name in stated]
 
 
 def _tokenizer(where: Path, stated: Any) -> TokenizerSource | None:
@@ -75,12 +97,14 @@ def write_native(
     shutil.copymode(directory / CONFIG_FILE, directory / WEIGHTS_FILE)  # safetensors lets nobody else read it
 
 
-def write_config(directory: Path, config: MegalodonConfig, tokenizer: TokenizerSource | None) -> None:
-    """Write what describes the weights beside them."""
+def write_config(
+    directory: Path, config: MegalodonConfig, tokenizer: TokenizerSource | None, parts: Sequence[str] | None = None
+) -> None:
+    """Write what describes the weights beside them; `parts` are the files of `PARTS_FOLDER`, where there are any."""
     stated = tokenizer and {
         "kind": tokenizer.kind,
         "file": tokenizer.file.name if tokenizer.file else None,
         "stop_tokens": list(tokenizer.stop_tokens),
     }
     document = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": config.to_dict(), "tokenizer": stated}
-    write_json(directory / CONFIG_FILE, document)
+    write_json(directory / CONFIG_FILE, document | ({} if parts is None else {"parts": list(parts)}))

@@ -24,22 +24,25 @@ from megalodon_deploy.model.megalodon import Megalodon, ModelState
 from megalodon_deploy.train.config import TrainConfig
 from megalodon_deploy.train.objective import Objective
 from megalodon_deploy.train.parallel.chunk import ChunkParallel
-from megalodon_deploy.train.parallel.dtensors import by_kind, clip_gradients, local, part_of, whole
+from megalodon_deploy.train.parallel.dtensors import by_kind, clip_gradients, local, whole
 from megalodon_deploy.train.parallel.shard import gathered_root, shard_weights
 from megalodon_deploy.train.parallel.tensor import cut_state, join_state, parallelize, supported_ways
-from megalodon_deploy.train.plan import Contexts, OneProcess, Snapshot, join_rows
+from megalodon_deploy.train.parts import staged
+from megalodon_deploy.train.plan import Contexts, OneProcess, Snapshot, join_rows, training_tensors
 
 DATA, CHUNK, TENSOR = "data", "chunk", "tensor"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How many ranks each axis has, and whether those of data and chunk share the weights out."""
+    """How many ranks each axis has, whether those of data and chunk share the weights out, and whether each rank writes
+    its part of a checkpoint."""
 
     data: int
     chunk: int
     tensor: int = 1
     shard: bool = False
+    sharded_checkpoints: bool = False
 
     @property
     def replicas(self) -> int:
@@ -74,7 +77,8 @@ class Layout:
             )
         if config.parallel.shard and tensor > 1:
             raise TrainError(f"parallel.shard = true with parallel.tensor = {tensor}: choose one of the two")
-        return cls(data, chunk, tensor, config.parallel.shard)
+        shard, sharded = config.parallel.shard, config.checkpoint.sharded
+        return cls(data, chunk, tensor, shard, shard if sharded is None else sharded)
 
 
 class Distributed(OneProcess):
@@ -86,6 +90,8 @@ class Distributed(OneProcess):
         self.layout = layout
         self._chunks: ChunkParallel | None = None
         self._sharded: FSDPModule | None = None
+        # Its own group: checkpoints are written while the next steps are computed.
+        self.checkpoint_group = dist.new_group(backend="gloo") if layout.sharded_checkpoints else None
         shape = (layout.data, layout.chunk, layout.tensor)
         self._mesh: DeviceMesh = init_device_mesh(device.type, shape, mesh_dim_names=(DATA, CHUNK, TENSOR))
         replicas = init_device_mesh(device.type, (layout.replicas, layout.tensor), mesh_dim_names=("replicas", TENSOR))
@@ -155,8 +161,12 @@ class Distributed(OneProcess):
             state = join_rows(self._gathered(state, DATA))
         if self._sharded is not None:
             self._sharded.reshard()  # an evaluation leaves the root's weights whole
-        snapshot = super().capture(model, optimizer, state)
-        return snapshot if self.rank == 0 else None
+        if self.checkpoint_group is None:
+            snapshot = super().capture(model, optimizer, state)
+            return snapshot if self.rank == 0 else None
+        weights, moments = map(staged, training_tensors(model, optimizer))
+        stream = {} if state is None or self.rank else {"position": state.position, **state.tensors}
+        return Snapshot(weights, moments, staged(stream))
 
     def _gathered(self, state: ModelState, axis: str) -> list[ModelState]:
         """As Python objects: key/value memory may have a different length on each rank."""
@@ -171,9 +181,6 @@ class Distributed(OneProcess):
     def _whole(self, tensor: Tensor) -> Tensor:
         full = whole(tensor)
         return full if self.rank == 0 else full.new_empty(0)  # no rank but the first keeps a copy
-
-    def _part(self, tensor: Tensor, like: Tensor) -> Tensor:
-        return part_of(tensor, like)
 
     def barrier(self) -> None:
         dist.barrier()

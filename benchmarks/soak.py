@@ -43,9 +43,7 @@ class Client:
 
 
 class Soak:
-    def __init__(
-        self, session: Session, alone: Session, streams: int, checked: float, seed: int, folder: Path
-    ) -> None:
+    def __init__(self, session: Session, alone: Session, streams: int, checked: float, seed: int, folder: Path) -> None:
         self.scheduler = session.serve(max_streams=streams, prefill_tokens=64)
         self.alone, self.checked = alone, checked
         self.rng = np.random.default_rng(seed)

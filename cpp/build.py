@@ -39,7 +39,7 @@ def build(sanitize: str = "", *, cmake_arguments: Sequence[str] = ()) -> Path:
     configure = [str(find_program("cmake")), "-G", "Ninja", "-S", str(SOURCE), "-B", str(folder)]
     configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DMEGALODON_SANITIZE={sanitize}", "-DMEGALODON_BUILD_TESTS=ON"]
     configure += ["-DCMAKE_COMPILE_WARNING_AS_ERROR=ON", *cmake_arguments]
-    configure += ["-DMEGALODON_BUILD_EXAMPLES=OFF"] if sanitize else _tensorrt_arguments()
+    configure += [f"-DMEGALODON_BUILD_EXAMPLES={'OFF' if sanitize else 'ON'}", *_tensorrt_arguments()]
     targets = ["runtime_tests"] if sanitize else []
     with open(folder / ".lock", "w") as lock:  # parallel test processes ask for the same one
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -24,6 +24,7 @@ foreach(folder IN LISTS MEGALODON_TENSORRT_INCLUDE)
         continue()
     endif()
     list(APPEND tensorrt_abis ${abi})
+    set(tensorrt_include_${abi} ${folder})
     add_library(megalodon_tensorrt${abi} OBJECT src/backends/tensorrt.cpp)
     target_compile_definitions(megalodon_tensorrt${abi} PRIVATE
         MEGALODON_TENSORRT_ABI=${abi} nvinfer1=nvinfer1_abi${abi})
@@ -36,7 +37,8 @@ endforeach()
 
 if(tensorrt_abis)
     message(STATUS "TensorRT backend for ABI ${tensorrt_abis}")
-    target_sources(megalodon_objects PRIVATE src/backends/gpu.cpp src/backends/tensorrt_engine.cpp)
+    target_sources(megalodon_objects PRIVATE
+        src/backends/gpu.cpp src/backends/kernels.cpp src/backends/tensorrt_engine.cpp)
     target_include_directories(megalodon_objects SYSTEM PRIVATE ${MEGALODON_CUDA_INCLUDE})
 else()
     message(STATUS "No TensorRT backend: MEGALODON_TENSORRT_INCLUDE and MEGALODON_CUDA_INCLUDE name no headers")

@@ -9,6 +9,7 @@
 #include <future>
 #include <list>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <utility>
@@ -88,9 +89,13 @@ class StreamService {
         megalodon::StreamBatch batch = session.batch(num_slots);
         std::list<Active> active;  // streams keep their address
         while (admit(batch, active)) {
-            advance(batch, active);
-            for (auto entry = active.begin(); entry != active.end();) {
-                entry = is_done(*entry) ? active.erase(entry) : std::next(entry);
+            try {
+                advance(batch, active);
+                choose(batch, active);
+            } catch (...) {
+                for (Active& entry : active)
+                    entry.job.result.set_exception(std::current_exception());
+                active.clear();  // after an engine's error streams are undefined
             }
         }
     }
@@ -117,25 +122,34 @@ class StreamService {
                                                    begin + static_cast<std::ptrdiff_t>(end))});
             entry.num_read = end;
         }
-        try {
-            batch.feed(feeds);
-        } catch (...) {
-            for (Active& entry : active)
-                entry.job.result.set_exception(std::current_exception());
-            active.clear();  // after an engine's error streams are undefined
+        batch.feed(feeds);
+    }
+
+    // The next token of every stream whose prompt is read; those that are done leave.
+    void choose(megalodon::StreamBatch& batch, std::list<Active>& active) {
+        std::vector<megalodon::Sample> samples;
+        std::vector<std::list<Active>::iterator> asked;
+        for (auto entry = active.begin(); entry != active.end(); ++entry) {
+            if (!entry->has_read()) continue;
+            samples.push_back({&entry->stream, entry->job.request.sampling});
+            asked.push_back(entry);
+        }
+        const auto tokens = batch.sample(samples);
+        for (std::size_t index = 0; index < asked.size(); ++index) {
+            if (take(asked[index]->job, tokens[index])) active.erase(asked[index]);
         }
     }
 
-    bool is_done(Active& entry) {
-        if (!entry.has_read()) return false;
-        try {
-            Tokens& tokens = entry.job.generated;
-            tokens.push_back(entry.stream.sample(entry.job.request.sampling));
-            if (tokens.size() < entry.job.request.max_new_tokens) return false;
-            entry.job.result.set_value(std::move(tokens));
-        } catch (...) {
-            entry.job.result.set_exception(std::current_exception());
+    // Whether the job is done.
+    static bool take(Job& job, const std::optional<std::int64_t>& token) {
+        if (!token) {
+            const megalodon::Error error(megalodon::ErrorKind::state, "the stream went non-finite; submit it again");
+            job.result.set_exception(std::make_exception_ptr(error));
+            return true;
         }
+        job.generated.push_back(*token);
+        if (job.generated.size() < job.request.max_new_tokens) return false;
+        job.result.set_value(std::move(job.generated));
         return true;
     }
 

@@ -1,8 +1,10 @@
 /* The C interface of libmegalodon_runtime, for other languages. C++ programs use megalodon/runtime.hpp.
  *
  * Functions return 0, or a status whose sentence mgr_last_error() gives for the calling thread; nothing is thrown and
- * nothing aborts. A session with its streams is used by one thread at a time; sessions are independent of each other.
- * A stream may be closed before or after its session. Strings are UTF-8 and end with NUL.
+ * nothing aborts. Strings are UTF-8 and end with NUL. Handles may be closed in any order: each keeps what it needs.
+ *
+ * Threads: a session with its batches and streams is used by one thread at a time, closing included; which one may
+ * change. Sessions are independent of each other. A callback may use other sessions, and of its own stream nothing.
  */
 #ifndef MEGALODON_RUNTIME_H
 #define MEGALODON_RUNTIME_H
@@ -21,7 +23,7 @@ extern "C" {
 #endif
 
 /* Raised by one whenever a function's meaning or a struct changes. */
-#define MGR_ABI_VERSION 1
+#define MGR_ABI_VERSION 2
 
 enum mgr_status {
     MGR_OK = 0,
@@ -43,6 +45,7 @@ enum mgr_finish {
 };
 
 typedef struct mgr_session mgr_session;
+typedef struct mgr_batch mgr_batch;
 typedef struct mgr_stream mgr_stream;
 
 /* As SessionOptions of megalodon/session.hpp; NULL and 0 are the defaults. */
@@ -55,17 +58,22 @@ typedef struct mgr_session_options {
     const char* operators_library;
 } mgr_session_options;
 
-/* As SamplingParams and GenerateOptions; fill it with mgr_default_generate_options first. */
-typedef struct mgr_generate_options {
-    int64_t max_new_tokens; /* 0: until a stop */
-    double temperature;     /* 0: always the most probable token */
-    uint64_t top_k;         /* 0: all */
+/* As SamplingParams; fill it with mgr_default_sampling first. */
+typedef struct mgr_sampling {
+    double temperature; /* 0, the default: always the most probable token */
+    uint64_t top_k;     /* 0: all */
     double top_p;
     double min_p;
     double repetition_penalty;
     int32_t repetition_window;
     int32_t has_seed; /* 0: continue the stream's generator */
     uint64_t seed;
+} mgr_sampling;
+
+/* As GenerateOptions; fill it with mgr_default_generate_options first. */
+typedef struct mgr_generate_options {
+    int64_t max_new_tokens; /* 0: until a stop */
+    mgr_sampling sampling;
     int32_t has_stop_tokens; /* 0: those of the bundle's tokenizer */
     const int64_t* stop_tokens;
     size_t num_stop_tokens;
@@ -108,7 +116,40 @@ MGR_API int mgr_stream_generate(mgr_stream* stream, const int64_t* prompt, size_
 /* The same after a text, for bundles with a byte tokenizer. */
 MGR_API int mgr_stream_generate_text(mgr_stream* stream, const char* prompt, const mgr_generate_options* options,
                                      mgr_token_callback callback, void* user, int* finish);
+MGR_API void mgr_default_sampling(mgr_sampling* sampling);
 MGR_API void mgr_default_generate_options(mgr_generate_options* options);
+
+/* The logits [vocab_size] that follow the last consumed token. */
+MGR_API int mgr_stream_logits(const mgr_stream* stream, float* logits);
+/* Choose the next token, which the stream's next call consumes; `sampling` NULL: the most probable one. */
+MGR_API int mgr_stream_sample(mgr_stream* stream, const mgr_sampling* sampling, int64_t* token);
+
+/* Slots for streams that advance together, in one call of the model. */
+MGR_API int mgr_batch_open(mgr_session* session, int64_t num_slots, mgr_batch** out);
+MGR_API void mgr_batch_close(mgr_batch* batch); /* NULL is allowed */
+MGR_API int mgr_batch_num_free(const mgr_batch* batch, int64_t* out);
+
+/* A stream in a free slot, fresh or saved, as mgr_stream_open; mgr_stream_close gives the slot back. */
+MGR_API int mgr_batch_admit(mgr_batch* batch, const char* resume, mgr_stream** out);
+
+/* Tokens for one stream of a batch; none: its sampled token alone. */
+typedef struct mgr_feed {
+    mgr_stream* stream;
+    const int64_t* tokens;
+    size_t num_tokens;
+} mgr_feed;
+
+/* Feed these streams; the others wait. Everything is checked before anything is computed. */
+MGR_API int mgr_batch_feed(mgr_batch* batch, const mgr_feed* feeds, size_t num_feeds);
+
+typedef struct mgr_sample {
+    mgr_stream* stream;
+    mgr_sampling sampling;
+} mgr_sample;
+
+/* The next token of each of these streams; tokens that were sampled before are consumed first, in one call. -1: that
+ * stream went non-finite, the others go on. */
+MGR_API int mgr_batch_sample(mgr_batch* batch, const mgr_sample* samples, size_t num_samples, int64_t* tokens);
 
 #ifdef __cplusplus
 }

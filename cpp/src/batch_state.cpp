@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "choice.hpp"
 #include "row_types.hpp"
 #include "session_state.hpp"
 
@@ -17,21 +18,31 @@ BatchState::BatchState(std::shared_ptr<SessionState> session, std::int64_t num_s
       memory_(session_->engine(), session_->manifest(), num_slots),
       streams_(static_cast<std::size_t>(num_slots), nullptr) {}
 
+std::int64_t BatchState::free_slot() const {
+    const auto free = std::find(streams_.begin(), streams_.end(), nullptr);
+    if (free != streams_.end()) return free - streams_.begin();
+    throw Error(ErrorKind::invalid_argument,
+                "all " + std::to_string(num_slots()) + " slots of the batch are taken; retire a stream first");
+}
+
 std::int64_t BatchState::num_free() const {
     return std::count(streams_.begin(), streams_.end(), nullptr);
 }
 
 std::int64_t BatchState::admit(StreamState& stream, const SavedStream* saved) {
-    const auto free = std::find(streams_.begin(), streams_.end(), nullptr);
-    if (free == streams_.end()) {
-        throw Error(ErrorKind::invalid_argument,
-                    "all " + std::to_string(num_slots()) + " slots of the batch are taken; retire a stream first");
-    }
-    const std::int64_t slot = free - streams_.begin();
+    const std::int64_t slot = free_slot();
     if (saved != nullptr) {
-        memory_.write(slot, saved->position, convert_rows(saved->tensors, session_->manifest(), "resumed stream"));
+        memory_.write(slot, saved->position, convert_rows(saved->tensors, session_->manifest(), "resumed stream"),
+                      saved->logits);
     }
-    *free = &stream;
+    streams_[static_cast<std::size_t>(slot)] = &stream;
+    return slot;
+}
+
+std::int64_t BatchState::admit_copy(StreamState& stream, const StreamState& source) {
+    const std::int64_t slot = free_slot();
+    if (source.position() > 0) memory_.copy(slot, source.batch().memory_, source.slot(), source.position());
+    streams_[static_cast<std::size_t>(slot)] = &stream;
     return slot;
 }
 
@@ -57,19 +68,18 @@ void BatchState::feed(std::vector<Fed> waiting) {
     }
 }
 
-// The fewest contiguous ranges that hold every active slot and no stream that waits, none longer than the engine takes.
-// Free slots may lie between: they run as fresh streams, which their next stream takes no notice of.
+// The fewest contiguous ranges that hold every active slot and no stream that waits. Free slots may lie between: they
+// run as fresh streams, which their next stream takes no notice of.
 std::vector<SlotRange> BatchState::ranges(const std::vector<Fed>& waiting) const {
     std::vector<bool> is_active(streams_.size(), false);
     for (const Fed& fed : waiting)
         is_active[static_cast<std::size_t>(fed.stream->slot())] = true;
-    const std::int64_t longest = session_->engine().max_batch();
     std::vector<SlotRange> found;
     bool is_open = false;
     for (std::int64_t slot = 0; slot < num_slots(); ++slot) {
         const auto index = static_cast<std::size_t>(slot);
         if (is_active[index]) {
-            if (is_open && slot + 1 - found.back().first <= longest) {
+            if (is_open) {
                 found.back().last = slot + 1;
             } else {
                 found.push_back({slot, slot + 1});
@@ -95,11 +105,29 @@ void BatchState::call(SlotRange range, std::int64_t length, const std::vector<Fe
         positions[row] = fed.stream->position();
         std::copy_n(fed.tokens.begin(), width, tokens.begin() + static_cast<std::ptrdiff_t>(row * width));
     }
-    const std::vector<float>& logits = memory_.run(range, tokens, positions, length);
-    const auto vocab_size = static_cast<std::size_t>(session_->manifest().vocab_size);
-    for (std::size_t row = 0; row < rows.size(); ++row) {
-        if (rows[row] != nullptr) rows[row]->stream->consumed(length, &logits[row * vocab_size]);
+    memory_.run(range, tokens, positions, length);
+    for (const Fed* row : rows) {
+        if (row != nullptr) row->stream->consumed(length);
     }
+}
+
+std::vector<std::optional<std::int64_t>> BatchState::choose(const std::vector<Asked>& asked) {
+    std::vector<Fed> pending;
+    for (const Asked& one : asked) {
+        if (one.stream->has_pending()) pending.push_back({one.stream, one.stream->take({})});
+    }
+    feed(std::move(pending));
+    std::vector<TokenChoice> choices(streams_.size());
+    for (const Asked& one : asked)
+        choices[static_cast<std::size_t>(one.stream->slot())] = one.stream->choice(one.params);
+    const std::vector<std::int64_t> tokens = memory_.choose(choices);
+    std::vector<std::optional<std::int64_t>> chosen;
+    for (const Asked& one : asked) {
+        const std::int64_t token = tokens[static_cast<std::size_t>(one.stream->slot())];
+        chosen.push_back(token == kNoToken ? std::nullopt : std::optional(token));
+        if (token != kNoToken) one.stream->chosen(token);
+    }
+    return chosen;
 }
 
 }  // namespace megalodon::detail

@@ -11,6 +11,10 @@ struct mgr_session {
     megalodon::Session session;
 };
 
+struct mgr_batch {
+    megalodon::StreamBatch batch;
+};
+
 struct mgr_stream {
     megalodon::Stream stream;
 };
@@ -21,6 +25,7 @@ using megalodon::Error;
 using megalodon::ErrorKind;
 using megalodon::Finish;
 using megalodon::GenerateOptions;
+using megalodon::SamplingParams;
 
 static_assert(MGR_INTERNAL == static_cast<int>(ErrorKind::internal), "the kinds of errors are the status codes");
 static_assert(MGR_CALLBACK == static_cast<int>(Finish::callback), "the reasons to finish are the same");
@@ -69,19 +74,23 @@ std::vector<std::int64_t> token_vector(const std::int64_t* tokens, std::size_t c
     return {tokens, tokens + count};
 }
 
+SamplingParams params_of(const mgr_sampling* given) {
+    if (given == nullptr) return SamplingParams::greedy();
+    SamplingParams params{given->temperature,       {}, given->top_p, given->min_p, given->repetition_penalty,
+                          given->repetition_window, {}};
+    if (given->top_k != 0) params.top_k = given->top_k;
+    if (given->has_seed != 0) params.seed = given->seed;
+    return params;
+}
+
 GenerateOptions options_of(const mgr_generate_options* given) {
     GenerateOptions options;
     if (given == nullptr) return options;
     options.max_new_tokens.reset();
     if (given->max_new_tokens != 0) options.max_new_tokens = given->max_new_tokens;
-    options.sampling.temperature = given->temperature;
-    if (given->top_k != 0) options.sampling.top_k = given->top_k;
-    options.sampling.top_p = given->top_p;
-    options.sampling.min_p = given->min_p;
-    options.sampling.repetition_penalty = given->repetition_penalty;
-    options.sampling.repetition_window = given->repetition_window;
-    if (given->has_seed != 0) options.sampling.seed = given->seed;
+    options.sampling = params_of(&given->sampling);
     if (given->has_stop_tokens != 0) options.stop_tokens = token_vector(given->stop_tokens, given->num_stop_tokens);
+    if (given->num_stop_strings > 0) require(given->stop_strings, "stop_strings");
     for (std::size_t index = 0; index < given->num_stop_strings; ++index) {
         options.stop_strings.push_back(text_or_empty(given->stop_strings[index]));
     }
@@ -208,12 +217,93 @@ int mgr_stream_generate_text(mgr_stream* stream, const char* prompt, const mgr_g
 }
 
 void mgr_default_generate_options(mgr_generate_options* options) {
-    const GenerateOptions defaults;
+    if (options == nullptr) return;
     *options = {};
-    options->max_new_tokens = *defaults.max_new_tokens;
-    options->temperature = defaults.sampling.temperature;
-    options->top_p = defaults.sampling.top_p;
-    options->min_p = defaults.sampling.min_p;
-    options->repetition_penalty = defaults.sampling.repetition_penalty;
-    options->repetition_window = defaults.sampling.repetition_window;
+    options->max_new_tokens = *GenerateOptions().max_new_tokens;
+    mgr_default_sampling(&options->sampling);
+}
+
+void mgr_default_sampling(mgr_sampling* sampling) {
+    if (sampling == nullptr) return;
+    const SamplingParams defaults = GenerateOptions().sampling;
+    *sampling = {};
+    sampling->temperature = defaults.temperature;
+    sampling->top_p = defaults.top_p;
+    sampling->min_p = defaults.min_p;
+    sampling->repetition_penalty = defaults.repetition_penalty;
+    sampling->repetition_window = defaults.repetition_window;
+}
+
+int mgr_stream_logits(const mgr_stream* stream, float* logits) {
+    return guarded([&] {
+        require(stream, "stream");
+        require(logits, "logits");
+        const std::vector<float>& found = stream->stream.logits();
+        std::copy(found.begin(), found.end(), logits);
+    });
+}
+
+int mgr_stream_sample(mgr_stream* stream, const mgr_sampling* sampling, int64_t* token) {
+    return guarded([&] {
+        require(stream, "stream");
+        require(token, "token");
+        *token = stream->stream.sample(params_of(sampling));
+    });
+}
+
+int mgr_batch_open(mgr_session* session, int64_t num_slots, mgr_batch** out) {
+    return guarded([&] {
+        require(session, "session");
+        require(out, "out");
+        *out = new mgr_batch{session->session.batch(num_slots)};
+    });
+}
+
+void mgr_batch_close(mgr_batch* batch) {
+    delete batch;
+}
+
+int mgr_batch_num_free(const mgr_batch* batch, int64_t* out) {
+    return guarded([&] {
+        require(batch, "batch");
+        require(out, "out");
+        *out = batch->batch.num_free();
+    });
+}
+
+int mgr_batch_admit(mgr_batch* batch, const char* resume, mgr_stream** out) {
+    return guarded([&] {
+        require(batch, "batch");
+        require(out, "out");
+        *out = new mgr_stream{resume == nullptr ? batch->batch.admit()
+                                                : batch->batch.admit(std::filesystem::path(resume))};
+    });
+}
+
+int mgr_batch_feed(mgr_batch* batch, const mgr_feed* feeds, size_t num_feeds) {
+    return guarded([&] {
+        require(batch, "batch");
+        if (num_feeds > 0) require(feeds, "feeds");
+        std::vector<megalodon::Feed> given;
+        for (std::size_t index = 0; index < num_feeds; ++index) {
+            require(feeds[index].stream, "stream");
+            given.push_back({&feeds[index].stream->stream, token_vector(feeds[index].tokens, feeds[index].num_tokens)});
+        }
+        batch->batch.feed(given);
+    });
+}
+
+int mgr_batch_sample(mgr_batch* batch, const mgr_sample* samples, size_t num_samples, int64_t* tokens) {
+    return guarded([&] {
+        require(batch, "batch");
+        if (num_samples > 0) require(samples, "samples"), require(tokens, "tokens");
+        std::vector<megalodon::Sample> asked;
+        for (std::size_t index = 0; index < num_samples; ++index) {
+            require(samples[index].stream, "stream");
+            asked.push_back({&samples[index].stream->stream, params_of(&samples[index].sampling)});
+        }
+        const auto chosen = batch->batch.sample(asked);
+        for (std::size_t index = 0; index < num_samples; ++index)
+            tokens[index] = chosen[index].value_or(-1);
+    });
 }

@@ -3,7 +3,26 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "choice.hpp"
+
 namespace megalodon {
+
+std::unique_ptr<PreparedStep> Engine::prepare_step(StepPlan) {
+    return nullptr;
+}
+
+std::vector<std::int64_t> Engine::choose(const void* logits, std::int64_t vocab_size,
+                                         const std::vector<TokenChoice>& choices) {
+    const auto width = static_cast<std::size_t>(vocab_size);
+    std::vector<float> row(width);
+    std::vector<std::int64_t> tokens(choices.size(), detail::kNoToken);
+    for (std::size_t index = 0; index < choices.size(); ++index) {
+        if (!choices[index].is_wanted) continue;
+        download(row.data(), static_cast<const float*>(logits) + index * width, width * sizeof(float));
+        tokens[index] = detail::choose(row, choices[index]);
+    }
+    return tokens;
+}
 
 void* Engine::allocate(std::size_t bytes) {
     void* memory = std::calloc(bytes + 1, 1);  // pages are handed out when they are first written

@@ -6,6 +6,7 @@
 #include <random>
 #include <string>
 
+#include "choice.hpp"
 #include "formats.hpp"
 #include "pairwise_sum.hpp"
 
@@ -30,15 +31,11 @@ void require(bool is_valid, const char* name, const std::string& value, const ch
 using Tokens = std::vector<std::int64_t>;
 using Weights = std::vector<double>;
 
-void penalise(Weights& scores, const Tokens& recent, const SamplingParams& params) {
-    const std::size_t window = std::min<std::size_t>(static_cast<std::size_t>(params.repetition_window), recent.size());
-    if (params.repetition_penalty == 1.0 || window == 0) return;
-    Tokens seen(recent.end() - static_cast<std::ptrdiff_t>(window), recent.end());
-    std::sort(seen.begin(), seen.end());
-    seen.erase(std::unique(seen.begin(), seen.end()), seen.end());
-    for (const std::int64_t token : seen) {
+void penalise(Weights& scores, const TokenChoice& choice) {
+    const double penalty = choice.params.repetition_penalty;
+    for (const std::int64_t token : choice.recent) {
         double& score = scores[static_cast<std::size_t>(token)];
-        score = score > 0 ? score / params.repetition_penalty : score * params.repetition_penalty;
+        score = score > 0 ? score / penalty : score * penalty;
     }
 }
 
@@ -158,29 +155,53 @@ Generator Generator::from_system() {
     return {(high << 32) | device(), 0};
 }
 
-std::int64_t choose_token(const std::vector<float>& logits, const SamplingParams& params, const Tokens& recent,
-                          Generator& generator) {
-    if (logits.empty()) throw Error(ErrorKind::invalid_argument, "there are no logits to choose from");
+std::vector<std::int64_t> detail::penalised_tokens(const Tokens& recent, const SamplingParams& params) {
+    const std::size_t window = std::min<std::size_t>(static_cast<std::size_t>(params.repetition_window), recent.size());
+    if (params.repetition_penalty == 1.0 || window == 0) return {};
+    Tokens seen(recent.end() - static_cast<std::ptrdiff_t>(window), recent.end());
+    std::sort(seen.begin(), seen.end());
+    seen.erase(std::unique(seen.begin(), seen.end()), seen.end());
+    return seen;
+}
+
+TokenChoice detail::choice_of(const SamplingParams& params, const Tokens& recent, Generator& generator) {
+    check(params);
+    const double uniform = params.temperature > 0.0 ? generator.uniform() : 0.0;
+    return {true, params, uniform, penalised_tokens(recent, params)};
+}
+
+std::int64_t detail::choose(const std::vector<float>& logits, const TokenChoice& choice) {
     Weights scores(logits.begin(), logits.end());
-    penalise(scores, recent, params);
+    penalise(scores, choice);
     const std::size_t best = best_of(scores);
-    if (!std::isfinite(scores[best])) {
-        throw Error(ErrorKind::state, "the stream is broken: its largest logit is " + std::to_string(scores[best]) +
-                                          "; start or resume another stream");
-    }
-    if (params.temperature == 0.0) return static_cast<std::int64_t>(best);
+    if (!std::isfinite(scores[best])) return kNoToken;
+    if (choice.params.temperature == 0.0) return static_cast<std::int64_t>(best);
     const double largest = scores[best];
     for (double& score : scores)
-        score = std::exp((score - largest) / params.temperature);
-    const Tokens tokens = candidates(scores, params);
+        score = std::exp((score - largest) / choice.params.temperature);
+    const Tokens tokens = candidates(scores, choice.params);
     Weights cumulative = weights_of(scores, tokens);
-    const double total = detail::pairwise_sum(cumulative.data(), cumulative.size());
+    const double total = pairwise_sum(cumulative.data(), cumulative.size());
     double sum = 0.0;
     for (double& weight : cumulative)
         weight = sum += weight / total;
-    const auto found = std::upper_bound(cumulative.begin(), cumulative.end(), generator.uniform() * cumulative.back());
+    const auto found = std::upper_bound(cumulative.begin(), cumulative.end(), choice.uniform * cumulative.back());
     const auto index = std::min<std::size_t>(static_cast<std::size_t>(found - cumulative.begin()), tokens.size() - 1);
     return tokens[index];
+}
+
+std::int64_t choose_token(const std::vector<float>& logits, const SamplingParams& params, const Tokens& recent,
+                          Generator& generator) {
+    if (logits.empty()) throw Error(ErrorKind::invalid_argument, "there are no logits to choose from");
+    const auto size = static_cast<std::int64_t>(logits.size());
+    for (const std::int64_t token : recent) {
+        if (token >= 0 && token < size) continue;
+        throw Error(ErrorKind::invalid_argument,
+                    "recent token " + std::to_string(token) + " is outside the vocabulary of " + std::to_string(size));
+    }
+    const std::int64_t token = detail::choose(logits, detail::choice_of(params, recent, generator));
+    if (token == detail::kNoToken) throw Error(ErrorKind::state, detail::kBrokenStream);
+    return token;
 }
 
 }  // namespace megalodon

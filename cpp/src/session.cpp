@@ -80,7 +80,6 @@ const std::vector<float>& Stream::step(std::int64_t token) {
 }
 
 std::int64_t Stream::sample(const SamplingParams& params) {
-    state().batch();
     return state().sample(params);
 }
 
@@ -135,9 +134,8 @@ void Stream::save(const std::filesystem::path& path) const {
 }
 
 Stream Stream::fork() const {
-    const detail::SavedStream saved = state().save();
     auto batch = std::make_shared<detail::BatchState>(state().batch().shared_session(), 1);
-    return Stream(std::make_unique<detail::StreamState>(std::move(batch), &saved));
+    return Stream(std::make_unique<detail::StreamState>(std::move(batch), state()));
 }
 
 StreamBatch::StreamBatch(std::shared_ptr<detail::BatchState> state) : state_(std::move(state)) {}
@@ -158,6 +156,10 @@ Stream StreamBatch::admit(const Snapshot& snapshot) {
     return Stream(std::make_unique<detail::StreamState>(state_, snapshot.saved_.get()));
 }
 
+Stream StreamBatch::admit(const std::filesystem::path& path) {
+    return admit(Snapshot::load(path, state_->session().bundle()));
+}
+
 void StreamBatch::retire(Stream& stream) {
     if (&stream.state().batch() != state_.get()) {
         throw Error(ErrorKind::state, "the stream belongs to another batch; retire it there");
@@ -165,19 +167,42 @@ void StreamBatch::retire(Stream& stream) {
     stream.state().retire();
 }
 
-void StreamBatch::feed(const std::vector<Feed>& feeds) {
-    std::set<detail::StreamState*> seen;
-    for (const Feed& feed : feeds) {
-        detail::StreamState& stream = feed.stream->state();
-        if (&stream.batch() != state_.get()) throw Error(ErrorKind::state, "a stream belongs to another batch");
-        if (!seen.insert(&stream).second)
-            throw Error(ErrorKind::invalid_argument, "a stream is named twice in one feed");
-        stream.check(feed.tokens);
+std::vector<detail::StreamState*> StreamBatch::states(const std::vector<const Stream*>& streams) const {
+    std::vector<detail::StreamState*> states;
+    std::set<const Stream*> seen;
+    for (const Stream* stream : streams) {
+        if (stream == nullptr) throw Error(ErrorKind::invalid_argument, "a stream is null");
+        if (!seen.insert(stream).second) throw Error(ErrorKind::invalid_argument, "a stream is named twice in a call");
+        states.push_back(&stream->state());
+        if (&states.back()->batch() != state_.get()) throw Error(ErrorKind::state, "a stream belongs to another batch");
     }
-    std::vector<detail::BatchState::Fed> waiting;
+    return states;
+}
+
+void StreamBatch::feed(const std::vector<Feed>& feeds) {
+    std::vector<const Stream*> streams;
     for (const Feed& feed : feeds)
-        waiting.push_back({&feed.stream->state(), feed.stream->state().take(feed.tokens)});
+        streams.push_back(feed.stream);
+    const auto fed = states(streams);
+    for (std::size_t index = 0; index < feeds.size(); ++index)
+        fed[index]->check(feeds[index].tokens);
+    std::vector<detail::BatchState::Fed> waiting;
+    for (std::size_t index = 0; index < feeds.size(); ++index)
+        waiting.push_back({fed[index], fed[index]->take(feeds[index].tokens)});
     state_->feed(std::move(waiting));
+}
+
+std::vector<std::optional<std::int64_t>> StreamBatch::sample(const std::vector<Sample>& samples) {
+    std::vector<const Stream*> streams;
+    for (const Sample& sample : samples)
+        streams.push_back(sample.stream);
+    const auto asked = states(streams);
+    std::vector<detail::BatchState::Asked> choices;
+    for (std::size_t index = 0; index < samples.size(); ++index) {
+        asked[index]->check_choice(samples[index].params);
+        choices.push_back({asked[index], samples[index].params});
+    }
+    return state_->choose(choices);
 }
 
 Session::Session(const Bundle& bundle, const SessionOptions& options)
@@ -218,6 +243,12 @@ StreamBatch Session::batch(std::int64_t num_slots) {
     if (num_slots < 1) {
         throw Error(ErrorKind::invalid_argument,
                     "num_slots = " + std::to_string(num_slots) + " is not a positive integer");
+    }
+    if (const std::int64_t most = state_->engine().max_batch(); num_slots > most) {
+        throw Error(ErrorKind::invalid_argument,
+                    std::to_string(num_slots) + " slots: this engine takes " + std::to_string(most) +
+                        " streams in a call; build one with `megalodon-deploy build --max-batch " +
+                        std::to_string(num_slots) + "`");
     }
     return StreamBatch(std::make_shared<detail::BatchState>(state_, num_slots));
 }

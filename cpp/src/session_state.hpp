@@ -42,8 +42,10 @@ class BatchState {
 
     // Takes a free slot for the stream, which gives it back with `retire`.
     std::int64_t admit(StreamState& stream, const SavedStream* saved);
+    std::int64_t admit_copy(StreamState& stream, const StreamState& source);
     void retire(std::int64_t slot);
     TensorMap read(std::int64_t slot, std::int64_t position) const { return memory_.read(slot, position); }
+    std::vector<float> logits(std::int64_t slot) const { return memory_.logits(slot); }
 
     struct Fed {
         StreamState* stream;
@@ -51,7 +53,15 @@ class BatchState {
     };
     void feed(std::vector<Fed> waiting);
 
+    struct Asked {
+        StreamState* stream;
+        SamplingParams params;
+    };
+    // The next token of each stream, pending from then on; none for a stream whose logits are not finite.
+    std::vector<std::optional<std::int64_t>> choose(const std::vector<Asked>& asked);
+
  private:
+    std::int64_t free_slot() const;
     std::vector<SlotRange> ranges(const std::vector<Fed>& waiting) const;
     void call(SlotRange range, std::int64_t length, const std::vector<Fed>& waiting);
 
@@ -63,6 +73,7 @@ class BatchState {
 class StreamState {
  public:
     StreamState(std::shared_ptr<BatchState> batch, const SavedStream* saved);
+    StreamState(std::shared_ptr<BatchState> batch, const StreamState& source);  // a copy in a slot of another batch
     ~StreamState();
     StreamState(const StreamState&) = delete;
     StreamState& operator=(const StreamState&) = delete;
@@ -76,7 +87,8 @@ class StreamState {
     std::int64_t position() const { return position_; }
     bool is_fresh() const { return recent_.empty(); }
     bool has_pending() const { return pending_.has_value(); }
-    const std::vector<float>& logits() const;
+    bool has_logits() const { return has_logits_; }
+    const std::vector<float>& logits() const;  // fetched when they are asked for
     std::vector<std::int64_t> recent() const;  // at most kHistoryTokens
 
     void feed(const std::vector<std::int64_t>& tokens);
@@ -85,8 +97,11 @@ class StreamState {
 
     // For BatchState.
     void check(const std::vector<std::int64_t>& tokens) const;                // throws before anything is computed
+    void check_choice(const SamplingParams& params) const;                    // likewise
     std::vector<std::int64_t> take(const std::vector<std::int64_t>& tokens);  // with the pending token before them
-    void consumed(std::int64_t num_tokens, const float* logits);
+    void consumed(std::int64_t num_tokens);
+    TokenChoice choice(const SamplingParams& params);
+    void chosen(std::int64_t token);
 
  private:
     Generator& generator_for(const SamplingParams& params);
@@ -97,7 +112,8 @@ class StreamState {
     std::int64_t position_ = 0;            // tokens consumed
     std::vector<std::int64_t> recent_;     // the last tokens, oldest first; kHistoryTokens of them at least
     std::optional<std::int64_t> pending_;  // a sampled token that is not consumed yet; it is the last of `recent_`
-    std::vector<float> logits_;            // of the last consumed token
+    bool has_logits_ = false;              // the last consumed token's are in the batch's memory
+    mutable std::vector<float> logits_;    // a copy of them, or empty: not fetched yet
     std::optional<Generator> generator_;
 };
 

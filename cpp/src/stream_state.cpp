@@ -1,10 +1,17 @@
 #include <algorithm>
 #include <utility>
 
+#include "choice.hpp"
 #include "formats.hpp"
 #include "session_state.hpp"
 
 namespace megalodon::detail {
+
+namespace {
+
+constexpr char kFreshStream[] = "a fresh stream has nothing to go on from; give a prompt of at least one token";
+
+}  // namespace
 
 StreamState::StreamState(std::shared_ptr<BatchState> batch, const SavedStream* saved) : batch_(std::move(batch)) {
     if (saved != nullptr) {
@@ -12,10 +19,20 @@ StreamState::StreamState(std::shared_ptr<BatchState> batch, const SavedStream* s
         position_ = saved->position;
         recent_ = saved->recent;
         pending_ = saved->pending;
-        logits_ = saved->logits;
+        has_logits_ = !saved->logits.empty();
         generator_ = saved->generator;
     }
     slot_ = batch_->admit(*this, saved);
+}
+
+StreamState::StreamState(std::shared_ptr<BatchState> batch, const StreamState& source)
+    : batch_(std::move(batch)),
+      position_(source.position_),
+      recent_(source.recent_),
+      pending_(source.pending_),
+      has_logits_(source.has_logits_),
+      generator_(source.generator_) {
+    slot_ = batch_->admit_copy(*this, source);
 }
 
 StreamState::~StreamState() {
@@ -37,10 +54,8 @@ void StreamState::retire() {
 }
 
 const std::vector<float>& StreamState::logits() const {
-    if (logits_.empty()) {
-        throw Error(ErrorKind::invalid_argument,
-                    "a fresh stream has nothing to go on from; give a prompt of at least one token");
-    }
+    if (!has_logits_) throw Error(ErrorKind::invalid_argument, kFreshStream);
+    if (logits_.empty()) logits_ = batch().logits(slot_);
     return logits_;
 }
 
@@ -56,13 +71,16 @@ void StreamState::feed(const std::vector<std::int64_t>& tokens) {
 }
 
 std::int64_t StreamState::sample(const SamplingParams& params) {
+    check_choice(params);
+    const std::optional<std::int64_t> token = batch().choose({{this, params}}).front();
+    if (!token) throw Error(ErrorKind::state, kBrokenStream);
+    return *token;
+}
+
+void StreamState::check_choice(const SamplingParams& params) const {
+    batch();
     megalodon::check(params);
-    if (has_pending()) feed({});
-    Generator& generator = generator_for(params);
-    const std::int64_t token = choose_token(logits(), params, recent(), generator);
-    note(token);
-    pending_ = token;
-    return token;
+    if (!has_pending() && !has_logits_) throw Error(ErrorKind::invalid_argument, kFreshStream);
 }
 
 // The stream's own generator goes on, also over `save` and `fork`; another seed starts another one.
@@ -91,7 +109,7 @@ SavedStream StreamState::save() const {
     }
     saved.recent = recent();
     saved.pending = pending_;
-    if (!pending_) saved.logits = logits_;
+    if (!pending_ && has_logits_) saved.logits = logits();
     saved.generator = generator_;
     return saved;
 }
@@ -120,9 +138,19 @@ std::vector<std::int64_t> StreamState::take(const std::vector<std::int64_t>& tok
     return taken;
 }
 
-void StreamState::consumed(std::int64_t num_tokens, const float* logits) {
+void StreamState::consumed(std::int64_t num_tokens) {
     position_ += num_tokens;
-    logits_.assign(logits, logits + session().manifest().vocab_size);
+    has_logits_ = true;
+    logits_.clear();
+}
+
+TokenChoice StreamState::choice(const SamplingParams& params) {
+    return choice_of(params, recent(), generator_for(params));
+}
+
+void StreamState::chosen(std::int64_t token) {
+    note(token);
+    pending_ = token;
 }
 
 void StreamState::note(std::int64_t token) {

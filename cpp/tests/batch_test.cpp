@@ -8,6 +8,7 @@
 
 #include "fake_engine.hpp"
 #include "megalodon/session.hpp"
+#include "schedule.hpp"
 #include "tiny_bundle.hpp"
 
 namespace megalodon::test {
@@ -30,88 +31,12 @@ class Batches : public testing::TestWithParam<Case> {
     }
 };
 
-// A stream in a slot, and the same stream alone.
-struct Pair {
-    Stream shared;
-    Stream alone;
-};
-
-class Schedule {
- public:
-    Schedule(Session& session, Session& other, std::int64_t num_slots, const std::filesystem::path& directory)
-        : session_(session), other_(other), batch_(session.batch(num_slots)), file_(directory / "stream.safetensors") {}
-
-    void step() {
-        const int action = pick(10);
-        if (action == 0 && batch_.num_free() > 0) {
-            pairs_.push_back({batch_.admit(), other_.stream()});
-        } else if (action == 1 && !pairs_.empty()) {
-            retire(pick_pair());
-        } else if (action == 2 && batch_.num_free() > 0 && !pairs_.empty()) {
-            const Pair& chosen = pairs_[pick_pair()];
-            pairs_.push_back({batch_.admit(chosen.shared.snapshot()), chosen.alone.fork()});
-        } else if (action == 3 && !pairs_.empty()) {
-            move(pick_pair());
-        } else {
-            feed();
-        }
-    }
-    int num_compared = 0;
-
- private:
-    int pick(int count) { return std::uniform_int_distribution<int>(0, count - 1)(random_); }
-    std::size_t pick_pair() { return static_cast<std::size_t>(pick(static_cast<int>(pairs_.size()))); }
-
-    void retire(std::size_t index) {
-        if (pick(2) == 0) batch_.retire(pairs_[index].shared);  // else its destructor does
-        pairs_.erase(pairs_.begin() + static_cast<std::ptrdiff_t>(index));
-    }
-
-    // Seldom through a file: a disk takes its time to say that it has written.
-    void move(std::size_t index) {
-        const bool through_file = pick(100) == 0;
-        if (through_file) pairs_[index].shared.save(file_);
-        const Snapshot snapshot =
-            through_file ? Snapshot::load(file_, session_.bundle()) : pairs_[index].shared.snapshot();
-        batch_.retire(pairs_[index].shared);
-        pairs_[index].shared = batch_.admit(snapshot);
-    }
-
-    void feed() {
-        std::vector<Feed> feeds;
-        std::vector<Pair*> fed;
-        for (Pair& pair : pairs_) {
-            if (pick(4) == 0) continue;
-            const int length = pick(3) == 0 ? 1 + pick(30) : 1;
-            Tokens tokens;
-            for (int count = 0; count < length; ++count)
-                tokens.push_back(pick(11));
-            pair.alone.prefill(tokens);
-            feeds.push_back({&pair.shared, tokens});
-            fed.push_back(&pair);
-        }
-        batch_.feed(feeds);
-        for (Pair* pair : fed) {
-            ASSERT_EQ(pair->shared.logits(), pair->alone.logits());
-            ASSERT_EQ(pair->shared.position(), pair->alone.position());
-            ++num_compared;
-        }
-    }
-
-    Session& session_;
-    Session& other_;
-    StreamBatch batch_;
-    std::filesystem::path file_;
-    std::vector<Pair> pairs_;
-    std::mt19937 random_{7};
-};
-
 TEST_P(Batches, RandomSchedulesEqualEachStreamAlone) {
     const TemporaryDirectory directory;
     Session shared = session(GetParam());
     Case alone_case = GetParam();
     alone_case.options.is_device = false;
-    alone_case.options.has_fixed_capacity = false;
+    alone_case.options.has_fixed_shapes = false;
     Session alone = session(alone_case);
     Schedule schedule(shared, alone, GetParam().num_slots, directory.path());
     for (int step = 0; step < 10'000 && !HasFatalFailure(); ++step)
@@ -122,8 +47,8 @@ TEST_P(Batches, RandomSchedulesEqualEachStreamAlone) {
 INSTANTIATE_TEST_SUITE_P(Engines, Batches,
                          testing::Values(Case{"Host", {12, 64, false, false}, 4},
                                          Case{"LongChunks", {150, 64, false, false}, 3},  // several buckets of rows
-                                         Case{"Device", {12, 64, true, true}, 4},
-                                         Case{"SmallBatches", {12, 2, true, true}, 5}),
+                                         Case{"FixedShapes", {12, 64, true, false}, 4},
+                                         Case{"Device", {12, 64, true, true}, 4}),
                          [](const auto& tested) { return std::string(tested.param.name); });
 
 Session make_session(std::unique_ptr<FakeEngine> engine = std::make_unique<FakeEngine>()) {
@@ -154,6 +79,43 @@ TEST(Batch, StreamsAdvanceInOneCall) {
     batch.retire(second);
     batch.feed({{&first, {1}}, {&third, {3}}});  // a free slot runs along
     EXPECT_EQ(fake.num_calls, 4);
+}
+
+TEST(Batch, ADeviceStepsAllSlotsAtOnceByTwoPreparedSteps) {
+    auto engine = std::make_unique<FakeEngine>(FakeOptions{12, 3, true, true});
+    FakeEngine& fake = *engine;
+    Session session = make_session(std::move(engine));
+    StreamBatch batch = session.batch(3);
+    Stream first = batch.admit(), second = batch.admit();
+    for (int step = 0; step < 20; ++step)
+        batch.feed({{&first, {1}}, {&second, {2}}});
+    EXPECT_EQ(fake.num_calls, 20);
+    EXPECT_EQ(fake.num_prepared, 2);  // one for each half of the pair
+    batch.feed({{&first, {1}}});      // the second waits: it runs along, and is taken back
+    EXPECT_EQ(fake.num_calls, 21);
+    EXPECT_EQ(fake.num_prepared, 2);
+    EXPECT_NE(message_of([&] { session.batch(4); }, ErrorKind::invalid_argument).find("--max-batch 4"),
+              std::string::npos);
+}
+
+TEST(Batch, ABrokenStreamIsLeftOutOfAChoice) {
+    auto engine = std::make_unique<FakeEngine>(FakeOptions{12, 64, true, true});
+    FakeEngine& fake = *engine;
+    Session session = make_session(std::move(engine));
+    StreamBatch batch = session.batch(2);
+    Stream good = batch.admit(), bad = batch.admit();
+    fake.goes_bad = true;
+    bad.step(1);
+    bad.step(1);
+    fake.goes_bad = false;
+    good.step(1);
+    const auto chosen = batch.sample({{&good, SamplingParams::greedy()}, {&bad, SamplingParams::greedy()}});
+    EXPECT_TRUE(chosen.at(0).has_value());
+    EXPECT_FALSE(chosen.at(1).has_value());
+    EXPECT_NE(message_of([&] { bad.sample({}); }, ErrorKind::state).find("not finite"), std::string::npos);
+    Stream fresh = session.batch(1).admit();
+    EXPECT_NE(message_of([&] { fresh.sample({}); }, ErrorKind::invalid_argument).find("fresh stream"),
+              std::string::npos);
 }
 
 TEST(Batch, MistakesAreFoundBeforeAnythingIsComputed) {

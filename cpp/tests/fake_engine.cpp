@@ -59,6 +59,36 @@ void FakeEngine::copy(void* to, std::size_t to_pitch, const void* from, std::siz
     Engine::copy(host(to), to_pitch, host(from), from_pitch, width, rows);
 }
 
+// The rows' places follow from the positions that lie in its memory when it runs, as they do for a captured graph.
+class FakeEngine::Step : public PreparedStep {
+ public:
+    Step(FakeEngine& engine, StepPlan plan) : engine_(engine), plan_(std::move(plan)) {}
+
+    void run() override {
+        engine_.run(plan_.inputs, plan_.outputs);
+        const auto* position = static_cast<const std::int64_t*>(engine_.host(plan_.position));
+        for (const RowAppend& append : plan_.appends) {
+            const auto bytes = static_cast<std::size_t>(append.row_bytes);
+            for (std::int64_t row = 0; row < plan_.batch * append.heads; ++row) {
+                const std::int64_t place = position[row / append.heads] % plan_.chunk_size;
+                std::memcpy(static_cast<char*>(engine_.host(append.memory)) +
+                                static_cast<std::size_t>(row * plan_.capacity + place) * bytes,
+                            static_cast<const char*>(engine_.host(append.rows)) + static_cast<std::size_t>(row) * bytes,
+                            bytes);
+            }
+        }
+    }
+
+ private:
+    FakeEngine& engine_;
+    StepPlan plan_;
+};
+
+std::unique_ptr<PreparedStep> FakeEngine::prepare_step(StepPlan plan) {
+    ++num_prepared;
+    return options_.is_device ? std::make_unique<Step>(*this, std::move(plan)) : nullptr;
+}
+
 void FakeEngine::run(const std::vector<TensorRef>& inputs, const std::vector<TensorRef>& outputs) {
     if (before_call) before_call();
     ++num_calls;
@@ -70,7 +100,7 @@ void FakeEngine::run(const std::vector<TensorRef>& inputs, const std::vector<Ten
         const TensorRef& past = inputs[index + 1];
         require(past.data != outputs[index].data, "past and present share memory");
         require(past.shape.at(0) == batch && outputs[index].shape.at(0) == batch, "batches differ");
-        require(!options_.has_fixed_capacity || !is_appended(outputs[index]) || past.shape[2] == options_.chunk_size,
+        require(!options_.has_fixed_shapes || !is_appended(outputs[index]) || past.shape[2] == options_.chunk_size,
                 "the capacity changes");
     }
     for (std::int64_t row = 0; row < batch; ++row)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <functional>
+#include <memory>
 
 #include "megalodon/engine.hpp"
 
@@ -10,7 +11,7 @@ namespace megalodon::test {
 struct FakeOptions {
     std::int64_t chunk_size = 12;
     std::int64_t max_batch = 1 << 20;
-    bool has_fixed_capacity = false;
+    bool has_fixed_shapes = false;
     bool is_device = false;  // its memory cannot be read by the program, as a GPU's cannot
 };
 
@@ -22,7 +23,8 @@ class FakeEngine : public Engine {
 
     const char* backend() const override { return "fake"; }
     std::int64_t max_batch() const override { return options_.max_batch; }
-    bool has_fixed_capacity() const override { return options_.has_fixed_capacity; }
+    bool has_fixed_shapes() const override { return options_.has_fixed_shapes; }
+    std::unique_ptr<PreparedStep> prepare_step(StepPlan plan) override;  // where its memory is a device's
     void run(const std::vector<TensorRef>& inputs, const std::vector<TensorRef>& outputs) override;
 
     void* allocate(std::size_t bytes) override;
@@ -34,10 +36,12 @@ class FakeEngine : public Engine {
               std::size_t rows) override;
 
     int num_calls = 0;
+    int num_prepared = 0;
     std::function<void()> before_call;  // may throw
     bool goes_bad = false;              // its states become NaN
 
  private:
+    class Step;
     void* host(const void* memory) const;
     struct Row;
     double renew(const Row& row, const TensorRef& past, const TensorRef& present, double seed) const;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,8 @@ class SessionOptions(ctypes.Structure):
     )
 
 
-class GenerateOptions(ctypes.Structure):
+class Sampling(ctypes.Structure):
     _fields_ = (
-        ("max_new_tokens", ctypes.c_int64),
         ("temperature", ctypes.c_double),
         ("top_k", ctypes.c_uint64),
         ("top_p", ctypes.c_double),
@@ -41,12 +40,31 @@ class GenerateOptions(ctypes.Structure):
         ("repetition_window", ctypes.c_int32),
         ("has_seed", ctypes.c_int32),
         ("seed", ctypes.c_uint64),
+    )
+
+
+class GenerateOptions(ctypes.Structure):
+    _fields_ = (
+        ("max_new_tokens", ctypes.c_int64),
+        ("sampling", Sampling),
         ("has_stop_tokens", ctypes.c_int32),
         ("stop_tokens", ctypes.POINTER(ctypes.c_int64)),
         ("num_stop_tokens", ctypes.c_size_t),
         ("stop_strings", ctypes.POINTER(ctypes.c_char_p)),
         ("num_stop_strings", ctypes.c_size_t),
     )
+
+
+class Feed(ctypes.Structure):
+    _fields_ = (
+        ("stream", ctypes.c_void_p),
+        ("tokens", ctypes.POINTER(ctypes.c_int64)),
+        ("num_tokens", ctypes.c_size_t),
+    )
+
+
+class Sample(ctypes.Structure):
+    _fields_ = (("stream", ctypes.c_void_p), ("sampling", Sampling))
 
 
 class CError(Exception):
@@ -64,7 +82,7 @@ class CLibrary:
         self._library = ctypes.CDLL(str(path))
         self._library.mgr_last_error.restype = ctypes.c_char_p
         self._library.mgr_session_vocab_size.restype = ctypes.c_int64
-        for name in ("mgr_session_close", "mgr_stream_close", "mgr_session_vocab_size"):
+        for name in ("mgr_session_close", "mgr_batch_close", "mgr_stream_close", "mgr_session_vocab_size"):
             getattr(self._library, name).argtypes = [ctypes.c_void_p]
 
     def call(self, name: str, *arguments: Any) -> None:
@@ -100,36 +118,90 @@ class CSession:
         self.library.call("mgr_stream_open", self.handle, path, ctypes.byref(handle))
         return CStream(self, handle)
 
+    def batch(self, num_slots: int) -> CBatch:
+        handle = ctypes.c_void_p()
+        self.library.call("mgr_batch_open", self.handle, ctypes.c_int64(num_slots), ctypes.byref(handle))
+        return CBatch(self, handle)
+
     def __del__(self) -> None:
         self.library.get("mgr_session_close", self.handle)
 
 
-class CStream:
+class CBatch:
     def __init__(self, session: CSession, handle: ctypes.c_void_p) -> None:
         self._session, self._library, self._handle = session, session.library, handle
 
     def __del__(self) -> None:
-        self._library.get("mgr_stream_close", self._handle)
+        self._library.get("mgr_batch_close", self._handle)
+
+    @property
+    def num_free(self) -> int:
+        value = ctypes.c_int64()
+        self._library.call("mgr_batch_num_free", self._handle, ctypes.byref(value))
+        return value.value
+
+    def admit(self, resume: Path | None = None) -> CStream:
+        handle = ctypes.c_void_p()
+        path = None if resume is None else str(resume).encode()
+        self._library.call("mgr_batch_admit", self._handle, path, ctypes.byref(handle))
+        return CStream(self._session, handle)
+
+    def feed(self, tokens: Mapping[CStream, Sequence[int]]) -> None:
+        feeds = [
+            Feed(stream.handle, (ctypes.c_int64 * len(given))(*given), len(given)) for stream, given in tokens.items()
+        ]
+        table = (Feed * len(feeds))(*feeds)
+        self._library.call("mgr_batch_feed", self._handle, table, ctypes.c_size_t(len(feeds)))
+
+    def sample(self, params: Mapping[CStream, SamplingParams]) -> list[int]:
+        samples = [Sample(stream.handle, _sampling(given)) for stream, given in params.items()]
+        table, tokens = (Sample * len(samples))(*samples), (ctypes.c_int64 * len(samples))()
+        self._library.call("mgr_batch_sample", self._handle, table, ctypes.c_size_t(len(samples)), tokens)
+        return list(tokens)
+
+
+class CStream:
+    def __init__(self, session: CSession, handle: ctypes.c_void_p) -> None:
+        self._session, self._library, self.handle = session, session.library, handle
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._library.get("mgr_stream_close", self.handle)
+        self.handle = ctypes.c_void_p()
 
     @property
     def position(self) -> int:
         value = ctypes.c_int64()
-        self._library.call("mgr_stream_position", self._handle, ctypes.byref(value))
+        self._library.call("mgr_stream_position", self.handle, ctypes.byref(value))
         return value.value
 
     def prefill(self, tokens: Sequence[int]) -> np.ndarray:
         logits = np.empty(self._session.vocab_size, np.float32)
         given = (ctypes.c_int64 * len(tokens))(*tokens)
         pointer = logits.ctypes.data_as(ctypes.c_void_p)
-        self._library.call("mgr_stream_feed", self._handle, given, ctypes.c_size_t(len(tokens)), pointer)
+        self._library.call("mgr_stream_feed", self.handle, given, ctypes.c_size_t(len(tokens)), pointer)
         return logits
 
+    @property
+    def logits(self) -> np.ndarray:
+        logits = np.empty(self._session.vocab_size, np.float32)
+        self._library.call("mgr_stream_logits", self.handle, logits.ctypes.data_as(ctypes.c_void_p))
+        return logits
+
+    def sample(self, params: SamplingParams | None = None) -> int:
+        token = ctypes.c_int64()
+        given = None if params is None else ctypes.byref(_sampling(params))
+        self._library.call("mgr_stream_sample", self.handle, given, ctypes.byref(token))
+        return token.value
+
     def save(self, path: Path) -> None:
-        self._library.call("mgr_stream_save", self._handle, str(path).encode())
+        self._library.call("mgr_stream_save", self.handle, str(path).encode())
 
     def fork(self) -> CStream:
         handle = ctypes.c_void_p()
-        self._library.call("mgr_stream_fork", self._handle, ctypes.byref(handle))
+        self._library.call("mgr_stream_fork", self.handle, ctypes.byref(handle))
         return CStream(self._session, handle)
 
     def generate(
@@ -154,12 +226,25 @@ class CStream:
         callback, finish = _CALLBACK(take), ctypes.c_int()
         rest = (ctypes.byref(options), callback, None, ctypes.byref(finish))
         if isinstance(prompt, str):
-            self._library.call("mgr_stream_generate_text", self._handle, prompt.encode(), *rest)
+            self._library.call("mgr_stream_generate_text", self.handle, prompt.encode(), *rest)
         else:
             given = (ctypes.c_int64 * len(prompt))(*prompt)
-            self._library.call("mgr_stream_generate", self._handle, given, ctypes.c_size_t(len(prompt)), *rest)
+            self._library.call("mgr_stream_generate", self.handle, given, ctypes.c_size_t(len(prompt)), *rest)
         assert FINISH[finish.value] == (items[-1].finish or "callback")
         return items
+
+
+def _sampling(params: SamplingParams) -> Sampling:
+    return Sampling(
+        temperature=params.temperature,
+        top_k=params.top_k or 0,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        repetition_window=params.repetition_window,
+        has_seed=params.seed is not None,
+        seed=params.seed or 0,
+    )
 
 
 def _options(
@@ -171,14 +256,7 @@ def _options(
     stops = [] if stop_tokens is None else list(stop_tokens)
     return GenerateOptions(
         max_new_tokens=max_new_tokens or 0,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k or 0,
-        top_p=sampling.top_p,
-        min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty,
-        repetition_window=sampling.repetition_window,
-        has_seed=sampling.seed is not None,
-        seed=sampling.seed or 0,
+        sampling=_sampling(sampling),
         has_stop_tokens=stop_tokens is not None,
         stop_tokens=(ctypes.c_int64 * len(stops))(*stops),
         num_stop_tokens=len(stops),

@@ -91,6 +91,40 @@ def test_forks_go_on_alike(session: CSession) -> None:
     )
 
 
+def test_a_batch_through_the_c_interface_gives_what_each_stream_gives_alone(
+    session: CSession, python_session: Session, tmp_path: Path
+) -> None:
+    """Streams that come with prompts of their own, decode together, wait, leave and are resumed in a slot."""
+    batch, alone = session.batch(3), {name: python_session.stream() for name in SAMPLINGS}
+    streams = {name: batch.admit() for name in list(SAMPLINGS)[:3]}
+    batch.feed({stream: PROMPT[: 5 + index] for index, stream in enumerate(streams.values())})
+    for index, name in enumerate(streams):
+        alone[name].prefill(PROMPT[: 5 + index])
+        np.testing.assert_allclose(streams[name].logits, alone[name].last_logits, rtol=0, atol=1e-5)
+    assert batch.num_free == 0
+    for turn in range(30):
+        chosen = [name for index, name in enumerate(streams) if (turn + index) % 4]
+        found = batch.sample({streams[name]: SAMPLINGS[name] for name in chosen})
+        for name, token in zip(chosen, found, strict=True):
+            assert token == next(iter(alone[name].generate(max_new_tokens=1, sampling=SAMPLINGS[name]))).token
+        if turn == 15:
+            name = chosen[0]
+            streams[name].save(tmp_path / "stream")
+            streams[name].close()
+            assert batch.num_free == 1
+            streams[name] = batch.admit(tmp_path / "stream")
+    first = next(iter(streams))
+    assert (
+        streams[first].sample(SAMPLINGS[first])
+        == next(iter(alone[first].generate(max_new_tokens=1, sampling=SAMPLINGS[first]))).token
+    )
+    with pytest.raises(CError, match="all 3 slots"):
+        batch.admit()
+    with pytest.raises(CError, match="stream is NULL"):
+        streams[first].close()
+        batch.feed({streams[first]: [1]})
+
+
 def test_a_callback_ends_it_between_tokens(session: CSession, python_session: Session) -> None:
     expected = list(python_session.stream().generate(PROMPT, max_new_tokens=20))
     stream = session.stream()

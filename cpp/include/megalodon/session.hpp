@@ -105,6 +105,12 @@ struct Feed {
     std::vector<std::int64_t> tokens;
 };
 
+// A stream whose next token is wanted, and how it is chosen.
+struct Sample {
+    Stream* stream;
+    SamplingParams params;
+};
+
 // Slots for streams that advance together, each at its own position. A slot needs no clearing between streams.
 class MEGALODON_API StreamBatch {
  public:
@@ -114,6 +120,7 @@ class MEGALODON_API StreamBatch {
     // Throws Error (invalid_argument) when all slots are taken.
     Stream admit();
     Stream admit(const Snapshot& snapshot);
+    Stream admit(const std::filesystem::path& path);  // of a saved stream
 
     // Free a stream's slot now; the stream cannot be used any more.
     void retire(Stream& stream);
@@ -122,8 +129,14 @@ class MEGALODON_API StreamBatch {
     // checked before anything is computed. Results: Stream::logits.
     void feed(const std::vector<Feed>& feeds);
 
+    // Choose the next token of each of these streams, as Stream::sample does, where the logits lie; tokens that were
+    // sampled before are consumed first, in one call. None: that stream went non-finite; the others go on.
+    std::vector<std::optional<std::int64_t>> sample(const std::vector<Sample>& samples);
+
  private:
     friend class Session;
+    // Checked: of this batch, and each named once.
+    std::vector<detail::StreamState*> states(const std::vector<const Stream*>& streams) const;
     explicit StreamBatch(std::shared_ptr<detail::BatchState> state);
     std::shared_ptr<detail::BatchState> state_;
 };

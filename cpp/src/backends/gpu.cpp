@@ -1,5 +1,7 @@
 #include "gpu.hpp"
 
+#include <algorithm>
+
 #include "megalodon/error.hpp"
 
 namespace megalodon::detail {
@@ -39,7 +41,13 @@ CudaDriver::CudaDriver(const Library& library)
       copy_to_device(MEGALODON_GET(cuMemcpyHtoDAsync)),
       copy_to_host(MEGALODON_GET(cuMemcpyDtoHAsync)),
       copy_in_device(MEGALODON_GET(cuMemcpyDtoDAsync)),
-      copy_rows(MEGALODON_GET(cuMemcpy2DAsync)) {}
+      copy_rows(MEGALODON_GET(cuMemcpy2DAsync)),
+      begin_capture(MEGALODON_GET(cuStreamBeginCapture)),
+      end_capture(MEGALODON_GET(cuStreamEndCapture)),
+      graph_instantiate(MEGALODON_GET(cuGraphInstantiateWithFlags)),
+      graph_destroy(MEGALODON_GET(cuGraphDestroy)),
+      graph_launch(MEGALODON_GET(cuGraphLaunch)),
+      graph_exec_destroy(MEGALODON_GET(cuGraphExecDestroy)) {}
 
 #undef MEGALODON_GET
 #undef MEGALODON_NAME
@@ -102,6 +110,51 @@ void Gpu::check(CUresult result, const char* what) const {
                                        "); open the session again, with fewer slots if memory is short");
 }
 
+GpuMemory::GpuMemory(const Gpu& gpu, std::size_t bytes) : gpu_(gpu) {
+    const Gpu::Current current(gpu);
+    CUdeviceptr memory = 0;
+    gpu.check(gpu.driver().allocate(&memory, bytes + 1), "allocating memory");  // of no bytes it allocates nothing
+    data_ = reinterpret_cast<void*>(memory);
+}
+
+GpuMemory::~GpuMemory() {
+    const CudaDriver& driver = gpu_.driver();
+    if (driver.push_current(gpu_.context()) != CUDA_SUCCESS) return;  // the GPU is gone, its memory too
+    driver.stream_synchronize(gpu_.stream());
+    driver.free(address(data_));
+    CUcontext context;
+    driver.pop_current(&context);
+}
+
+RepeatedWork::~RepeatedWork() {
+    if (graph_ != nullptr) gpu_.driver().graph_exec_destroy(graph_);
+}
+
+void RepeatedWork::run() {
+    if (num_runs_ == 1 && !is_refused_) capture();
+    num_runs_ = std::min(num_runs_ + 1, 2);
+    if (graph_ == nullptr) return enqueue_();
+    gpu_.check(gpu_.driver().graph_launch(graph_, gpu_.stream()), "launching a step");
+}
+
+void RepeatedWork::capture() {
+    const CudaDriver& driver = gpu_.driver();
+    is_refused_ = true;
+    // Thread-local: other threads of the program may go on using CUDA.
+    const CUresult begun = driver.begin_capture(gpu_.stream(), CU_STREAM_CAPTURE_MODE_THREAD_LOCAL);
+    if (begun != CUDA_SUCCESS) return;
+    bool is_whole = true;
+    try {
+        enqueue_();
+    } catch (const Error&) {  // the plain run says what is wrong, if something is wrong then too
+        is_whole = false;
+    }
+    CUgraph graph = nullptr;  // whatever happened, the stream must not stay in capture
+    if (driver.end_capture(gpu_.stream(), &graph) != CUDA_SUCCESS || graph == nullptr) return;
+    if (is_whole && driver.graph_instantiate(&graph_, graph, 0) == CUDA_SUCCESS) is_refused_ = false;
+    driver.graph_destroy(graph);
+}
+
 void* GpuEngine::allocate(std::size_t bytes) {
     const Gpu::Current current(gpu());
     CUdeviceptr memory = 0;
@@ -119,11 +172,10 @@ void GpuEngine::release(void* memory) noexcept {
     driver.pop_current(&context);
 }
 
-// Waits: the caller may change its memory as soon as this returns.
+// Pageable memory is staged before the call returns, as the driver's manual promises: nobody waits.
 void GpuEngine::upload(void* to, const void* from_host, std::size_t bytes) {
     const Gpu::Current current(gpu());
     gpu().check(gpu().driver().copy_to_device(address(to), from_host, bytes, gpu().stream()), "copying to the GPU");
-    gpu().check(gpu().driver().stream_synchronize(gpu().stream()), "copying to the GPU");
 }
 
 void GpuEngine::download(void* to_host, const void* from, std::size_t bytes) {

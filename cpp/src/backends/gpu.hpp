@@ -4,6 +4,7 @@
 #include <cuda.h>
 
 #include <cstddef>
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -35,6 +36,12 @@ struct CudaDriver {
     decltype(&cuMemcpyDtoHAsync) copy_to_host;
     decltype(&cuMemcpyDtoDAsync) copy_in_device;
     decltype(&cuMemcpy2DAsync) copy_rows;
+    decltype(&cuStreamBeginCapture) begin_capture;
+    decltype(&cuStreamEndCapture) end_capture;
+    decltype(&cuGraphInstantiateWithFlags) graph_instantiate;
+    decltype(&cuGraphDestroy) graph_destroy;
+    decltype(&cuGraphLaunch) graph_launch;
+    decltype(&cuGraphExecDestroy) graph_exec_destroy;
 };
 
 // Its primary context, which libraries on top of the CUDA runtime use too, and a stream. Any thread may use it.
@@ -73,12 +80,48 @@ class Gpu {
     int capability_ = 0;
 };
 
+// Memory of a GPU that goes with the object.
+class GpuMemory {
+ public:
+    GpuMemory(const Gpu& gpu, std::size_t bytes);  // not cleared; throws Error (engine)
+    ~GpuMemory();
+    GpuMemory(const GpuMemory&) = delete;
+    GpuMemory& operator=(const GpuMemory&) = delete;
+    void* data() const { return data_; }
+
+ private:
+    const Gpu& gpu_;
+    void* data_ = nullptr;
+};
+
+// Work that is carried out again and again with the same addresses: plainly the first time, because TensorRT wants a
+// call to have run before it is captured; then captured as a CUDA graph, which is launched from then on. Where it
+// cannot be captured, it runs plainly for ever. Used while the GPU is current.
+class RepeatedWork {
+ public:
+    RepeatedWork(const Gpu& gpu, std::function<void()> enqueue) : gpu_(gpu), enqueue_(std::move(enqueue)) {}
+    ~RepeatedWork();
+    RepeatedWork(const RepeatedWork&) = delete;
+    RepeatedWork& operator=(const RepeatedWork&) = delete;
+
+    void run();  // throws what `enqueue` throws, and Error (engine)
+
+ private:
+    void capture();
+
+    const Gpu& gpu_;
+    std::function<void()> enqueue_;
+    CUgraphExec graph_ = nullptr;
+    int num_runs_ = 0;
+    bool is_refused_ = false;
+};
+
 // Memory of a GPU, for an engine that computes there, on its stream.
 class GpuEngine : public Engine {
  public:
     explicit GpuEngine(int device) : gpu_(std::make_unique<Gpu>(device)) {}
 
-    bool has_fixed_capacity() const override { return true; }
+    bool has_fixed_shapes() const override { return true; }
     void* allocate(std::size_t bytes) override;
     void release(void* memory) noexcept override;
     void upload(void* to, const void* from_host, std::size_t bytes) override;

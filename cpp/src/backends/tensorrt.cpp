@@ -60,6 +60,41 @@ trt::Dims dims_of(const Shape& shape) {
     return dims;
 }
 
+[[noreturn]] void fail(Messages& messages, const std::string& what) {
+    throw Error(ErrorKind::engine, what + " (" + messages.take() + "); build it again with `megalodon-deploy build`");
+}
+
+class Context : public TensorRTContext {
+ public:
+    Context(std::unique_ptr<trt::IExecutionContext> context, Messages& messages)
+        : context_(std::move(context)), messages_(messages) {}
+
+    void bind(const std::vector<TensorRef>& inputs, const std::vector<TensorRef>& outputs) override {
+        for (const TensorRef& input : inputs) {
+            if (!context_->setInputShape(input.name.c_str(), dims_of(input.shape))) {
+                fail(messages_, "engine: the shape of " + input.name + " is outside its profile");
+            }
+            bind(input);
+        }
+        for (const TensorRef& output : outputs)
+            bind(output);
+    }
+
+    void enqueue(CUstream_st* stream) override {
+        if (!context_->enqueueV3(stream)) fail(messages_, "engine: TensorRT refused the call");
+    }
+
+ private:
+    void bind(const TensorRef& tensor) {
+        if (!context_->setTensorAddress(tensor.name.c_str(), tensor.data)) {
+            fail(messages_, "engine: " + tensor.name + " cannot be bound");
+        }
+    }
+
+    std::unique_ptr<trt::IExecutionContext> context_;
+    Messages& messages_;
+};
+
 class Execution : public TensorRT {
  public:
     explicit Execution(const TensorRTRequest& request) {
@@ -67,15 +102,13 @@ class Execution : public TensorRT {
         const auto version = request.library.get<int32_t (*)()>("getInferLibVersion")();
         const auto create = request.library.get<void* (*)(void*, int32_t)>("createInferRuntime_INTERNAL");
         runtime_.reset(static_cast<trt::IRuntime*>(create(static_cast<trt::ILogger*>(&messages_), version)));
-        if (!runtime_) fail(request.where + ": TensorRT cannot start");
+        if (!runtime_) fail(messages_, request.where + ": TensorRT cannot start");
         if (!request.plugin_library.empty() &&
             runtime_->getPluginRegistry().loadLibrary(request.plugin_library.c_str()) == nullptr) {
-            fail(request.plugin_library + ": TensorRT cannot load these plugins");
+            fail(messages_, request.plugin_library + ": TensorRT cannot load these plugins");
         }
         engine_.reset(runtime_->deserializeCudaEngine(request.engine, request.engine_bytes));
-        if (!engine_) fail(request.where + ": TensorRT cannot load it");
-        context_.reset(engine_->createExecutionContext());
-        if (!context_) fail(request.where + ": TensorRT cannot make an execution context");
+        if (!engine_) fail(messages_, request.where + ": TensorRT cannot load it");
     }
 
     std::vector<std::string> tensor_names() const override {
@@ -86,35 +119,36 @@ class Execution : public TensorRT {
         return names;
     }
 
-    void enqueue(const std::vector<TensorRef>& inputs, const std::vector<TensorRef>& outputs,
-                 CUstream_st* stream) override {
-        for (const TensorRef& input : inputs) {
-            if (!context_->setInputShape(input.name.c_str(), dims_of(input.shape))) {
-                fail("engine: the shape of " + input.name + " is outside its profile");
-            }
-            bind(input);
-        }
-        for (const TensorRef& output : outputs)
-            bind(output);
-        if (!context_->enqueueV3(stream)) fail("engine: TensorRT refused the call");
+    std::size_t scratch_bytes() const override { return static_cast<std::size_t>(engine_->getDeviceMemorySizeV2()); }
+
+    std::unique_ptr<TensorRTContext> open_context(void* scratch, bool has_fixed_shapes) override {
+        std::unique_ptr<trt::IExecutionContext> context(create_context(has_fixed_shapes));
+        if (!context) fail(messages_, "engine: TensorRT cannot make an execution context");
+        context->setDeviceMemoryV2(scratch, engine_->getDeviceMemorySizeV2());
+        return std::make_unique<Context>(std::move(context), messages_);
     }
 
  private:
-    void bind(const TensorRef& tensor) {
-        if (!context_->setTensorAddress(tensor.name.c_str(), tensor.data)) {
-            fail("engine: " + tensor.name + " cannot be bound");
-        }
-    }
-
-    [[noreturn]] void fail(const std::string& what) {
-        throw Error(ErrorKind::engine,
-                    what + " (" + messages_.take() + "); build it again with `megalodon-deploy build`");
+    trt::IExecutionContext* create_context([[maybe_unused]] bool has_fixed_shapes) {
+        constexpr auto kOurs = trt::ExecutionContextAllocationStrategy::kUSER_MANAGED;
+#ifdef TRT_MAJOR_RTX
+        // TensorRT-RTX compiles kernels for the shapes of a call: by default while general ones already run, which a
+        // captured graph would keep for ever.
+        using Specialisation = trt::DynamicShapesKernelSpecializationStrategy;
+        const std::unique_ptr<trt::IRuntimeConfig> config(engine_->createRuntimeConfig());
+        if (!config) return nullptr;
+        config->setExecutionContextAllocationStrategy(kOurs);
+        config->setDynamicShapesKernelSpecializationStrategy(has_fixed_shapes ? Specialisation::kEAGER
+                                                                              : Specialisation::kLAZY);
+        return engine_->createExecutionContext(config.get());
+#else
+        return engine_->createExecutionContext(kOurs);
+#endif
     }
 
     Messages messages_;  // first: the others keep a pointer to it
     std::unique_ptr<trt::IRuntime> runtime_;
     std::unique_ptr<trt::ICudaEngine> engine_;
-    std::unique_ptr<trt::IExecutionContext> context_;
 };
 
 }  // namespace MEGALODON_ABI_NAMESPACE

@@ -13,14 +13,24 @@ struct CUstream_st;
 
 namespace megalodon::detail {
 
+// One way to run an engine: shapes and addresses that stay until they are bound anew.
+class TensorRTContext {
+ public:
+    virtual ~TensorRTContext() = default;
+    // Both throw Error (engine); `enqueue` puts a call on the stream.
+    virtual void bind(const std::vector<TensorRef>& inputs, const std::vector<TensorRef>& outputs) = 0;
+    virtual void enqueue(CUstream_st* stream) = 0;
+};
+
 // A deserialised engine, ready to run on the GPU whose context is current.
 class TensorRT {
  public:
     virtual ~TensorRT() = default;
     virtual std::vector<std::string> tensor_names() const = 0;
-    // Enqueues a call on the stream. Throws Error (engine).
-    virtual void enqueue(const std::vector<TensorRef>& inputs, const std::vector<TensorRef>& outputs,
-                         CUstream_st* stream) = 0;
+    virtual std::size_t scratch_bytes() const = 0;
+    // `scratch`: memory of `scratch_bytes` on the GPU, which contexts that run one after the other may share.
+    // `has_fixed_shapes`: it will be bound once and run often. Throws Error (engine).
+    virtual std::unique_ptr<TensorRTContext> open_context(void* scratch, bool has_fixed_shapes) = 0;
 };
 
 struct TensorRTRequest {

@@ -6,6 +6,7 @@
 #include "files.hpp"
 #include "formats.hpp"
 #include "gpu.hpp"
+#include "kernels.hpp"
 #include "megalodon/state_layout.h"
 #include "tensorrt.hpp"
 
@@ -39,19 +40,17 @@ struct Version {
     std::string text;
 };
 
-// The library of the plugins that an engine calls; "" when it calls none.
-std::string find_plugins(const EngineInfo& info, const SessionOptions& options) {
-    if (!info.plugin_abi) return "";
-    const Library library =
-        Library::open(options.plugin_library, kPluginLibraryVariable, {kPluginLibraryFile},
-                      std::string("build it with `make plugins` and set ") + kPluginLibraryVariable);
-    const int found = library.get<std::int32_t (*)()>("mgd_abi_version")();
-    if (found != *info.plugin_abi) {
-        throw Error(ErrorKind::engine, info.path.string() + " calls plugins of ABI version " +
-                                           std::to_string(*info.plugin_abi) + ", " + library.path() + " has " +
-                                           std::to_string(found) + "; build it again with `megalodon-deploy build`");
-    }
-    return library.path();
+Library open_plugins(const SessionOptions& options) {
+    return Library::open(options.plugin_library, kPluginLibraryVariable, {kPluginLibraryFile},
+                         std::string("build it with `make plugins` and set ") + kPluginLibraryVariable);
+}
+
+void check_plugins(const EngineInfo& info, const Library& library, const Kernels& kernels) {
+    if (!info.plugin_abi || *info.plugin_abi == kernels.abi_version()) return;
+    throw Error(ErrorKind::engine, info.path.string() + " calls plugins of ABI version " +
+                                       std::to_string(*info.plugin_abi) + ", " + library.path() + " has " +
+                                       std::to_string(kernels.abi_version()) +
+                                       "; build it again with `megalodon-deploy build`");
 }
 
 std::unique_ptr<TensorRT> open_abi(const std::string& flavour, const Version& version, const TensorRTRequest& request) {
@@ -69,6 +68,41 @@ std::unique_ptr<TensorRT> open_abi(const std::string& flavour, const Version& ve
                     "TENSORRT_RTX_ROOT) when building it");
 }
 
+// A decode step in a context of its own: the call and the appending of its rows, as one CUDA graph.
+class TensorRTStep : public PreparedStep {
+ public:
+    TensorRTStep(const Gpu& gpu, const Kernels& kernels, std::unique_ptr<TensorRTContext> context, StepPlan plan)
+        : gpu_(gpu), context_(std::move(context)) {
+        context_->bind(plan.inputs, plan.outputs);
+        work_ = std::make_unique<RepeatedWork>(gpu, [this, &kernels, plan = std::move(plan)] {
+            context_->enqueue(gpu_.stream());
+            kernels.append_rows(plan, gpu_.stream());
+        });
+    }
+
+    ~TensorRTStep() override {
+        try {
+            const Gpu::Current current(gpu_);
+            gpu_.driver().stream_synchronize(gpu_.stream());  // it may still run
+            work_.reset();
+            context_.reset();
+        } catch (...) {          // the GPU is gone: what was on it, too
+            work_.release();     // NOLINT: their destructors would call a dead driver
+            context_.release();  // NOLINT
+        }
+    }
+
+    void run() override {
+        const Gpu::Current current(gpu_);
+        work_->run();
+    }
+
+ private:
+    const Gpu& gpu_;
+    std::unique_ptr<TensorRTContext> context_;
+    std::unique_ptr<RepeatedWork> work_;
+};
+
 class TensorRTEngine : public GpuEngine {
  public:
     TensorRTEngine(const Bundle& bundle, const SessionOptions& options)
@@ -80,18 +114,26 @@ class TensorRTEngine : public GpuEngine {
         check_engine(info);
         max_batch_ = info.max_batch;
         const MappedFile file(info.path);
-        const std::string plugins = find_plugins(info, options);
+        const Library plugins = open_plugins(options);
+        kernels_ = std::make_unique<Kernels>(plugins);
+        check_plugins(info, plugins, *kernels_);
         const Gpu::Current current(gpu());
-        execution_ = open_abi(backend_, version, {library_, plugins, file.data(), file.size(), info.path.string()});
+        const std::string plugin_path = info.plugin_abi ? plugins.path() : "";
+        execution_ = open_abi(backend_, version, {library_, plugin_path, file.data(), file.size(), info.path.string()});
         check_tensors(bundle, execution_->tensor_names(), info.path.string());
+        scratch_ = std::make_unique<GpuMemory>(gpu(), execution_->scratch_bytes());
+        context_ = execution_->open_context(scratch_->data(), false);
     }
 
     ~TensorRTEngine() override {
         try {
             const Gpu::Current current(gpu());
+            gpu().driver().stream_synchronize(gpu().stream());
+            context_.reset();
             execution_.reset();
         } catch (...) {            // the GPU is gone: what was on it, too
-            execution_.release();  // NOLINT: its destructor would call a dead driver
+            context_.release();    // NOLINT: their destructors would call a dead driver
+            execution_.release();  // NOLINT
         }
     }
 
@@ -100,14 +142,30 @@ class TensorRTEngine : public GpuEngine {
 
     void run(const std::vector<TensorRef>& inputs, const std::vector<TensorRef>& outputs) override {
         const Gpu::Current current(gpu());
-        execution_->enqueue(inputs, outputs, gpu().stream());
+        context_->bind(inputs, outputs);
+        context_->enqueue(gpu().stream());
+    }
+
+    std::unique_ptr<PreparedStep> prepare_step(StepPlan plan) override {
+        const Gpu::Current current(gpu());
+        auto context = execution_->open_context(scratch_->data(), true);
+        return std::make_unique<TensorRTStep>(gpu(), *kernels_, std::move(context), std::move(plan));
+    }
+
+    std::vector<std::int64_t> choose(const void* logits, std::int64_t vocab_size,
+                                     const std::vector<TokenChoice>& choices) override {
+        const Gpu::Current current(gpu());
+        return kernels_->choose(gpu(), static_cast<const float*>(logits), vocab_size, choices);
     }
 
  private:
     std::string backend_;
     Library library_;
     std::int64_t max_batch_ = 1;
+    std::unique_ptr<Kernels> kernels_;
+    std::unique_ptr<GpuMemory> scratch_;
     std::unique_ptr<TensorRT> execution_;
+    std::unique_ptr<TensorRTContext> context_;  // of pieces of a prompt
 };
 
 }  // namespace

@@ -1,0 +1,196 @@
+// The TensorRT backend on a stand-in for a GPU machine (fake_gpu.cpp): graphs, choices, memory, errors.
+#include <dlfcn.h>
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <functional>
+#include <nlohmann/json.hpp>
+
+#include "fake_engine.hpp"
+#include "fake_gpu.hpp"
+#include "files.hpp"
+#include "formats.hpp"
+#include "megalodon/log.hpp"
+#include "schedule.hpp"
+#include "tiny_bundle.hpp"
+
+namespace megalodon::test {
+namespace {
+
+using Json = nlohmann::json;
+
+struct Flavour {
+    const char* name;
+    const char* backend;
+    const char* library;
+    std::int32_t number;  // as getInferLibVersion gives it
+    const char* version;
+};
+
+class Gpu : public testing::TestWithParam<Flavour> {
+ protected:
+    void SetUp() override {
+        void* library = ::dlopen(GetParam().library, RTLD_NOW | RTLD_LOCAL);
+        ASSERT_NE(library, nullptr) << ::dlerror();
+        control_ = static_cast<FakeGpuControl*>(::dlsym(library, "fake_gpu_control"));
+        *control_ = {};
+        control_->tensorrt_version = GetParam().number;
+        ::setenv("MEGALODON_CUDA_DRIVER", GetParam().library, 1);
+        write_bundle(directory_.path(), {});
+        const auto folder = directory_.path() / kEnginesDir / "only";
+        std::filesystem::create_directories(folder);
+        write_text(folder / kEngineFile, "12");
+        const Json engine = {{"sha256", detail::sha256_file(folder / kEngineFile)}, {"size_bytes", 2}};
+        info_ = {{"format_version", kEngineInfoVersion},
+                 {"id", "only"},
+                 {"flavour", GetParam().backend},
+                 {"version", GetParam().version},
+                 {"compute_capabilities", {89}},
+                 {"max_batch", 4},
+                 {"profile", {{"tokens", {{"max", {4, 12}}}}}},
+                 {"norm_update", "float64"},
+                 {"bundle_fingerprint", TinyModel().fingerprint},
+                 {"engine", engine},
+                 {"plugin_library", {{"abi_version", 2}}}};
+        write_info();
+    }
+    void TearDown() override {
+        EXPECT_EQ(control_->num_live, 0) << "not everything was given back";
+        ::unsetenv("MEGALODON_CUDA_DRIVER");
+    }
+
+    void write_info() { write_text(directory_.path() / kEnginesDir / "only" / kEngineInfoFile, info_.dump()); }
+
+    Session session() const {
+        SessionOptions options;
+        options.backend = GetParam().backend;
+        options.library = options.plugin_library = GetParam().library;
+        return Session(Bundle::open(directory_.path()), options);
+    }
+    Session on_cpu() const { return Session(Bundle::open(directory_.path()), std::make_unique<FakeEngine>()); }
+
+    std::string refusal(ErrorKind kind) const {
+        try {
+            Stream stream = session().stream();
+            stream.step(1);
+        } catch (const Error& error) {
+            EXPECT_EQ(error.kind(), kind) << error.what();
+            return error.what();
+        }
+        ADD_FAILURE() << "nothing was thrown";
+        return "";
+    }
+
+    TemporaryDirectory directory_;
+    FakeGpuControl* control_ = nullptr;
+    Json info_;
+};
+
+bool has(const std::string& text, const char* part) {
+    return text.find(part) != std::string::npos;
+}
+
+TEST_P(Gpu, RandomSchedulesEqualEachStreamAlone) {
+    Session shared = session(), alone = on_cpu();
+    Schedule schedule(shared, alone, 4, directory_.path());
+    for (int step = 0; step < 3'000 && !HasFatalFailure(); ++step)
+        schedule.step();
+    EXPECT_GT(schedule.num_compared, 3'000);
+    EXPECT_EQ(control_->num_captures, 2);  // one for each half of the pair
+}
+
+// Of each half of the pair the first step runs plainly, the second is captured and launched, the others are launched.
+TEST_P(Gpu, AGeneratedTokenIsALaunchAndOneWait) {
+    Session shared = session(), alone = on_cpu();
+    Stream stream = shared.stream(), twin = alone.stream();
+    GenerateOptions options;
+    options.max_new_tokens = 5;
+    options.stop_tokens.emplace();
+    options.sampling.temperature = 1.5;
+    options.sampling.seed = 3;
+    options.sampling.repetition_penalty = 1.3;
+    std::vector<std::int64_t> tokens, expected;
+    const auto into = [](std::vector<std::int64_t>& kept) {
+        return [&kept](const GeneratedToken& item) {
+            kept.push_back(item.token);
+            return true;
+        };
+    };
+    stream.generate({1, 2, 3}, options, into(tokens));
+    const int calls = control_->num_calls, waits = control_->num_synchronisations;
+    const int launches = control_->num_launches;
+    EXPECT_EQ(launches, 2);
+    options.max_new_tokens = 40;
+    stream.generate(std::vector<std::int64_t>{}, options, into(tokens));
+    EXPECT_EQ(control_->num_launches - launches, 40);
+    EXPECT_EQ(control_->num_calls, calls) << "TensorRT is not asked any more";
+    EXPECT_EQ(control_->num_synchronisations - waits, 40);
+    options.max_new_tokens = 45;
+    twin.generate({1, 2, 3}, options, into(expected));
+    EXPECT_EQ(tokens, expected);
+}
+
+TEST_P(Gpu, WithoutGraphsStepsRunPlainly) {
+    control_->refuses_capture = true;
+    Session shared = session(), alone = on_cpu();
+    Stream stream = shared.stream(), twin = alone.stream();
+    for (int step = 0; step < 30; ++step)
+        ASSERT_EQ(stream.step(step % 11), twin.step(step % 11));
+    EXPECT_EQ(control_->num_launches, 0);
+}
+
+TEST_P(Gpu, ForksAndSavedStreamsMoveBetweenGpuAndCpu) {
+    Session shared = session(), alone = on_cpu();
+    Stream stream = shared.stream();
+    stream.prefill({1, 2, 3, 4, 5});
+    stream.save(directory_.path() / "stream");
+    Stream twin = alone.resume(directory_.path() / "stream"), fork = stream.fork();
+    EXPECT_EQ(stream.logits(), twin.logits());
+    EXPECT_EQ(stream.step(7), twin.step(7));
+    EXPECT_EQ(fork.step(7), twin.logits());
+    twin.save(directory_.path() / "stream");
+    EXPECT_EQ(shared.resume(directory_.path() / "stream").step(8), twin.step(8));
+}
+
+TEST_P(Gpu, WhatIsRefusedIsOneLineAndNothingIsLost) {
+    control_->refuses_calls = true;
+    EXPECT_PRED2(has, refusal(ErrorKind::engine), "TensorRT refused the call (it gave no reason)");
+    control_->refuses_calls = false;
+    info_["plugin_library"]["abi_version"] = 1;
+    write_info();
+    EXPECT_PRED2(has, refusal(ErrorKind::engine), "calls plugins of ABI version 1");
+    info_["plugin_library"]["abi_version"] = 2;
+    control_->tensorrt_version = 90300;
+    info_["version"] = "9.3.0";
+    write_info();
+    EXPECT_PRED2(has, refusal(ErrorKind::missing_library), "9.3.0, for which this libmegalodon_runtime was not built");
+}
+
+TEST_P(Gpu, MessagesOfTensorRTGoToTheLogger) {
+    std::string messages;
+    set_logger([&](LogLevel level, std::string_view text) {
+        if (level == LogLevel::warning) messages += text;
+    });
+    session();
+    set_logger({});
+    EXPECT_EQ(messages, "TensorRT: a warning of the stand-in");
+}
+
+// Those whose headers are there.
+std::vector<Flavour> flavours() {
+    return {
+#ifdef FAKE_GPU10
+        {"TensorRT10", "tensorrt", FAKE_GPU10, 101401, "10.14.1.48"},
+#endif
+#ifdef FAKE_GPU11
+        {"TensorRT11", "tensorrt", FAKE_GPU11, 110101, "11.1.1.2"},
+        {"TensorRTRTX", "tensorrt-rtx", FAKE_GPU11, 10701, "1.7.1.116"},
+#endif
+    };
+}
+
+INSTANTIATE_TEST_SUITE_P(Flavours, Gpu, testing::ValuesIn(flavours()),
+                         [](const auto& tested) { return std::string(tested.param.name); });
+
+}  // namespace
+}  // namespace megalodon::test

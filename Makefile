@@ -25,7 +25,7 @@ demo: $(INSTALLED) plugins
 	$(BIN)/python examples/demo.py
 
 test: lint types plugins resources
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check $(SOURCES)

@@ -23,6 +23,7 @@ from megalodon_deploy.verify.candidates import carried_candidate
 from megalodon_deploy.verify.compare import Contract
 from megalodon_deploy.verify.comparison import compare_candidate, run_references
 from megalodon_deploy.verify.finding import Finding
+from megalodon_deploy.verify.long_stream import LongStream, run_long_stream
 from megalodon_deploy.verify.reference import CallByCallRunner, WholeSequenceRunner, make_start
 from megalodon_deploy.verify.report import VerifyReport
 from megalodon_deploy.verify.runners import make_feeds
@@ -33,6 +34,7 @@ Arrays = dict[str, np.ndarray]
 Fault = Callable[[Arrays], Arrays]
 Find = Callable[..., list[Finding]]
 Verify = Callable[..., VerifyReport]
+LONG_STREAM_TOKENS = 20_000
 
 
 class ModelAsGraph(BaseRunner):
@@ -83,6 +85,17 @@ def checkpoint(model: Megalodon, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="session")
 def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return export_checkpoint(checkpoint, tmp_path_factory.mktemp("bundle") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def report(bundle: Bundle, checkpoint: Path) -> VerifyReport:
+    """Of the right bundle, over the default text."""
+    return verify_bundle(bundle, ckpt=checkpoint)
+
+
+@pytest.fixture(scope="session")
+def long_stream(bundle: Bundle) -> LongStream:
+    return run_long_stream(bundle, LONG_STREAM_TOKENS, None)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from verify.graph_faults import spoil
 from megalodon_deploy.bundle import Bundle
 from megalodon_deploy.verify import verify_bundle, write_html
 from megalodon_deploy.verify.finding import Finding
+from megalodon_deploy.verify.long_stream import LongStream
 from megalodon_deploy.verify.report import VerifyReport
 
 MEASURE = """<script>
@@ -44,8 +45,8 @@ def browser() -> str:
 
 
 @pytest.fixture(scope="module")
-def right(bundle: Bundle, checkpoint: Path) -> VerifyReport:
-    return verify_bundle(bundle, ckpt=checkpoint, tokens=4096)
+def right(report: VerifyReport, long_stream: LongStream) -> VerifyReport:
+    return dataclasses.replace(report, long_stream=long_stream)
 
 
 @pytest.fixture(scope="module")

@@ -21,11 +21,6 @@ from megalodon_deploy.verify.report import VerifyReport
 from megalodon_deploy.verify.tolerance import tolerances
 
 
-@pytest.fixture(scope="session")
-def report(bundle: Bundle, checkpoint: Path) -> VerifyReport:
-    return verify_bundle(bundle, ckpt=checkpoint)
-
-
 def test_a_right_bundle_passes(report: VerifyReport) -> None:
     assert [miss.describe() for miss in report.misses] == []
     assert report.passed

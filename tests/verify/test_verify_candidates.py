@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import small_config
+from verify.conftest import Verify
 
 from megalodon_deploy.bundle import ENGINE_FILE, ENGINE_INFO_FILE, ENGINES_DIR, Bundle, FileEntry, open_bundle
 from megalodon_deploy.engine import EngineInfo
@@ -20,7 +21,7 @@ from megalodon_deploy.runtime.sampling import Choice
 from megalodon_deploy.runtime.saved_stream import SavedStream
 from megalodon_deploy.runtime.session import Session, open_session
 from megalodon_deploy.runtime.stream import Stream
-from megalodon_deploy.verify import candidates, engines, verify_bundle
+from megalodon_deploy.verify import candidates, engines
 from megalodon_deploy.verify.finding import Finding
 from megalodon_deploy.verify.session_streams import SessionRunner
 
@@ -111,6 +112,8 @@ class LostState(WrongMemory):
 )
 def test_a_wrong_runtime_over_a_right_graph_is_a_miss(
     bundle: Bundle,
+    checkpoint: Path,
+    verify_copy: Verify,
     monkeypatch: pytest.MonkeyPatch,
     memory: Callable[[SlotMemory], SlotMemory],
     schedule: str,
@@ -120,7 +123,7 @@ def test_a_wrong_runtime_over_a_right_graph_is_a_miss(
         return Session(bundle, WrongExecutor(open_session(bundle, backend).executor, memory))
 
     monkeypatch.setattr(candidates, "open_session", open_wrong)
-    report = verify_bundle(bundle)
+    report = verify_copy(bundle, checkpoint)
     assert {miss.candidate for miss in report.misses} == {"onnxruntime session"}
     assert schedule in {miss.schedule for miss in report.misses}
     assert name in report.diagnoses[0].name
@@ -128,7 +131,7 @@ def test_a_wrong_runtime_over_a_right_graph_is_a_miss(
 
 @pytest.mark.parametrize("how", ["saved", "forked", "moved"])
 def test_a_stream_that_is_handed_over_wrongly_is_a_miss_of_that_name(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, how: str
+    bundle: Bundle, checkpoint: Path, verify_copy: Verify, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     def wrongly(saved: SavedStream) -> SavedStream:
         tensors = {name: array * (1.01 if "cema" in name else 1) for name, array in saved.tensors.items()}
@@ -147,17 +150,19 @@ def test_a_stream_that_is_handed_over_wrongly_is_a_miss_of_that_name(
             runner._streams[:2] = runner._streams[1::-1]
 
         monkeypatch.setattr(SessionRunner, "_change_slots", change_two)
-    (diagnosis,) = verify_bundle(bundle).diagnoses
+    (diagnosis,) = verify_copy(bundle, checkpoint).diagnoses
     assert diagnosis.candidate == "onnxruntime session"
     assert diagnosis.name == f"{how} streams"
 
 
-def test_a_runtime_that_cannot_open_the_bundle_is_a_miss(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_runtime_that_cannot_open_the_bundle_is_a_miss(
+    bundle: Bundle, checkpoint: Path, verify_copy: Verify, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(bundle: Bundle, backend: str) -> Session:
         raise EngineError("no such luck")
 
     monkeypatch.setattr(candidates, "open_session", refuse)
-    misses = verify_bundle(bundle).misses
+    misses = verify_copy(bundle, checkpoint).misses
     assert {(miss.candidate, miss.tensor) for miss in misses} == {("onnxruntime session", "all outputs")}
     assert "no such luck" in misses[0].describe()
 
@@ -210,12 +215,12 @@ def test_engines_without_a_gpu_are_named_with_the_reason(with_engines: Bundle, m
 
 
 def test_with_a_gpu_an_engine_is_run_and_one_that_fails_is_a_miss(
-    with_engines: Bundle, monkeypatch: pytest.MonkeyPatch
+    with_engines: Bundle, checkpoint: Path, verify_copy: Verify, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engines, "visible_gpus", lambda: "a GPU that is not there")
     monkeypatch.setattr("polygraphy.config.USE_TENSORRT_RTX", False)
     (with_engines.path / ENGINES_DIR / "a" / ENGINE_FILE).write_bytes(b"changed..")
-    report = verify_bundle(with_engines)
+    report = verify_copy(with_engines, checkpoint)
     misses: list[Finding] = report.misses
     assert {(miss.candidate, miss.tensor) for miss in misses} == {("engine a", "all outputs")}
     assert "sha256" in misses[0].describe()

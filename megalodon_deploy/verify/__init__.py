@@ -93,7 +93,7 @@ def verify_bundle(
 def emit_polygraphy(bundle: Bundle, directory: str | Path, *, ckpt: str | Path | None = None) -> None:
     """Write what the stock `polygraphy` tool needs to check a bundle: see `megalodon_deploy.verify.polygraphy_files`.
 
-    Raises `UserError` when `directory` exists, and for a bf16 bundle.
+    Raises `UserError` when `directory` exists, and for a bundle with bf16 or fp8 inputs.
     """
     _require_packages()
     from megalodon_deploy.verify.polygraphy_files import write_polygraphy_files

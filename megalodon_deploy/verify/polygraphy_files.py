@@ -33,6 +33,7 @@ from megalodon_deploy.engine.profile import optimization_profile
 from megalodon_deploy.engine.targets import FLAVOURS
 from megalodon_deploy.errors import UserError
 from megalodon_deploy.files import atomic_directory
+from megalodon_deploy.runtime.executors.onnxruntime import has_int8_products
 from megalodon_deploy.state import LOGITS, POSITION, TOKENS, state_bytes, state_specs
 from megalodon_deploy.verify.candidates import ACTIVATIONS, graph_contract
 from megalodon_deploy.verify.compare import expected_outputs
@@ -40,7 +41,7 @@ from megalodon_deploy.verify.memory import PoisonedMemory
 from megalodon_deploy.verify.reference import CallByCallRunner, make_start
 from megalodon_deploy.verify.runners import CAPACITY, make_feeds
 from megalodon_deploy.verify.schedule import Schedule, Stretch, rows_used, walk
-from megalodon_deploy.verify.tolerance import SCALE_FLOOR
+from megalodon_deploy.verify.tolerance import SCALE_FLOOR, tolerances
 from megalodon_deploy.verify.weights import load_reference
 
 SCRIPT_FILE = "polygraphy.sh"
@@ -51,10 +52,12 @@ Arrays = dict[str, np.ndarray]
 def write_polygraphy_files(bundle: Bundle, directory: Path, ckpt: str | Path | None = None) -> None:
     """Write `directory`, whole or not at all.
 
-    Raises `UserError` when it exists, and for a bf16 bundle: Polygraphy's files hold numpy arrays, which have no bf16.
+    Raises `UserError` when it exists, and for a bundle with bf16 or fp8 inputs: Polygraphy has numpy's types alone.
     """
     if bundle.manifest.precision == "bf16":
         raise UserError(f"{bundle.path}: Polygraphy's files hold no bf16 arrays; export in fp16 or fp32 for it")
+    if bundle.config.kv_dtype == "fp8":
+        raise UserError(f"{bundle.path}: Polygraphy's files hold no fp8 arrays; export with --kv-dtype int8 for it")
     if directory.exists():
         raise UserError(f"{directory} exists already; name a new directory")
     model, _ = load_reference(bundle, ckpt)
@@ -75,7 +78,7 @@ def write_polygraphy_files(bundle: Bundle, directory: Path, ckpt: str | Path | N
             save_json(feeds, str(folder / "inputs.json"))
             results.save(str(folder / "outputs.json"))
         (folder / "data_loader.py").write_text(_DATA_LOADER)
-        (folder / SCRIPT_FILE).write_text(_script(bundle, _absolute_tolerances(bundle, outputs), purposes))
+        (folder / SCRIPT_FILE).write_text(_script(bundle, outputs, purposes))
         _link_library(folder / "lib")
 
 
@@ -110,16 +113,16 @@ def _calls(
             yield inputs, outputs
 
 
-def _absolute_tolerances(bundle: Bundle, outputs: Sequence[Arrays]) -> dict[str, float]:
-    """Of each output: this package's tolerance times the largest number that PyTorch has there."""
+def _absolute_tolerances(bundle: Bundle, outputs: Sequence[Arrays], *, int8_products: bool) -> str:
+    """Of each output, for the command line: the tolerance times the largest number that PyTorch has there."""
     kinds = {spec.present: spec.kind for spec in state_specs(bundle.config)} | {LOGITS: "logits"}
-    tolerances = graph_contract(bundle, bundle.manifest.precision).tolerances
-    result = {}
+    allowed = tolerances(bundle.config, bundle.manifest.precision, int8_products=int8_products)
+    items = []
     for name in outputs[0]:
         scale = max(float(np.abs(output[name].astype(np.float32)).max()) for output in outputs)
         kind = "norm mean" if kinds[name] == "norm" else kinds[name]
-        result[name] = tolerances[kind] * max(scale, SCALE_FLOOR)
-    return result
+        items.append(f"'{name}:{allowed[kind] * max(scale, SCALE_FLOOR):.3g}'")
+    return " ".join(items)
 
 
 def _link_library(folder: Path) -> None:
@@ -138,7 +141,7 @@ def _register_library() -> Path:
         return default_build_dir() / REGISTER_FILE
 
 
-def _script(bundle: Bundle, absolute: Mapping[str, float], purposes: Sequence[str]) -> str:
+def _script(bundle: Bundle, outputs: Sequence[Arrays], purposes: Sequence[str]) -> str:
     shapes: dict[str, Any] = optimization_profile(bundle.config, max_batch=1)
     lines = {
         which: " ".join(f"'{name}:[{','.join(map(str, getattr(shape, which)))}]'" for name, shape in shapes.items())
@@ -148,7 +151,8 @@ def _script(bundle: Bundle, absolute: Mapping[str, float], purposes: Sequence[st
         calls="\n".join(f"#   {index}: {purpose}" for index, purpose in enumerate(purposes)),
         model=shlex.quote(str(bundle.model_path.resolve())),
         plugins=shlex.quote(str(_register_library())),
-        absolute=" ".join(f"'{name}:{value:.3g}'" for name, value in absolute.items()),
+        absolute=_absolute_tolerances(bundle, outputs, int8_products=False),
+        absolute_cpu=_absolute_tolerances(bundle, outputs, int8_products=has_int8_products(bundle.manifest)),
         **lines,
     )
 
@@ -183,17 +187,19 @@ PLUGINS=${{PLUGINS:-{plugins}}}
 CPU=(--onnxrt --providers cpu)
 INPUTS=(--load-inputs inputs.json)
 COMPARE=(--load-outputs outputs.json --validate --rtol 0 --atol {absolute})
+# ONNX Runtime by itself rounds what it multiplies with int8 and int4 matrices to int8
+COMPARE_CPU=(--load-outputs outputs.json --validate --rtol 0 --atol {absolute_cpu})
 SHAPES=(--trt-min-shapes {min} --trt-opt-shapes {opt} --trt-max-shapes {max})
 ENGINE=(--strongly-typed --plugins "$PLUGINS" --onnx-flags ENABLE_PLUGIN_OVERRIDE "${{SHAPES[@]}}")
 use_rtx() {{ export POLYGRAPHY_USE_TENSORRT_RTX=1 LD_LIBRARY_PATH="$PWD/lib${{LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}}"; }}
 
 purpose=${{1:-}}; shift || true
 case $purpose in
-onnxrt) "$POLYGRAPHY" run "$MODEL" "${{CPU[@]}}" "${{INPUTS[@]}}" "${{COMPARE[@]}}" "$@" ;;
-loader) "$POLYGRAPHY" run "$MODEL" "${{CPU[@]}}" --data-loader-script data_loader.py "${{COMPARE[@]}}" "$@" ;;
+onnxrt) "$POLYGRAPHY" run "$MODEL" "${{CPU[@]}}" "${{INPUTS[@]}}" "${{COMPARE_CPU[@]}}" "$@" ;;
+loader) "$POLYGRAPHY" run "$MODEL" "${{CPU[@]}}" --data-loader-script data_loader.py "${{COMPARE_CPU[@]}}" "$@" ;;
 trt) "$POLYGRAPHY" run "$MODEL" --trt "${{INPUTS[@]}}" "${{COMPARE[@]}}" "${{ENGINE[@]}}" "$@" ;;
 trt-rtx) use_rtx; "$POLYGRAPHY" run "$MODEL" --trt "${{INPUTS[@]}}" "${{COMPARE[@]}}" "${{ENGINE[@]}}" "$@" ;;
-both) "$POLYGRAPHY" run "$MODEL" "${{CPU[@]}}" --trt "${{INPUTS[@]}}" "${{COMPARE[@]}}" "${{ENGINE[@]}}" "$@" ;;
+both) "$POLYGRAPHY" run "$MODEL" "${{CPU[@]}}" --trt "${{INPUTS[@]}}" "${{COMPARE_CPU[@]}}" "${{ENGINE[@]}}" "$@" ;;
 build-rtx) use_rtx; "$POLYGRAPHY" convert "$MODEL" --convert-to trt --output model.engine "${{ENGINE[@]}}" "$@" ;;
 *) sed -n '2,/^set /{{/^set /d;s/^# \\{{0,1\\}}//;p}}' "${{BASH_SOURCE[0]}}" >&2; exit 2 ;;
 esac

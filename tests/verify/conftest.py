@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from export_helpers import write_seeded
 from helpers import small_config
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
@@ -85,6 +86,13 @@ def checkpoint(model: Megalodon, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="session")
 def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return export_checkpoint(checkpoint, tmp_path_factory.mktemp("bundle") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def quantized_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wide enough for blocks of 4-bit weights."""
+    sizes = {"model_dim": 64, "z_dim": 32, "value_dim": 64, "ffn_hidden_dim": 96, "norm_num_groups": 4}
+    return write_seeded(tmp_path_factory.mktemp("checkpoint") / "quantized", small_config(vocab_size=256, **sizes))
 
 
 @pytest.fixture(scope="session")

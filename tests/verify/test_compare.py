@@ -60,6 +60,7 @@ def test_one_element_that_is_not_finite_is_a_miss(name: str, value: float) -> No
     (miss,) = misses(found)
     assert miss.tensor == name
     assert "1 of" in str(miss.problem)
+    assert miss.missed_rows == (0,)
 
 
 @pytest.mark.parametrize("name", [LOGITS, "new_key.1", "present_norm.0"])
@@ -67,7 +68,7 @@ def test_a_missing_output_is_a_miss(name: str) -> None:
     found = right_outputs()
     del found[name]
     (miss,) = misses(found)
-    assert (miss.tensor, miss.problem) == (name, "this output is missing")
+    assert (miss.tensor, miss.problem, miss.missed_rows) == (name, "this output is missing", (0, 1))
 
 
 def test_an_extra_output_is_a_miss() -> None:
@@ -106,10 +107,19 @@ def test_the_worst_element_is_named_with_its_token() -> None:
     found["new_key.1"][1, 0, 1, 3] += 0.25
     (miss,) = misses(found)
     assert (miss.tensor, miss.kind, miss.index, miss.position) == ("new_key.1", "key", (1, 0, 1, 3), 1)
+    assert miss.missed_rows == (1,)
     assert miss.absolute_error == pytest.approx(0.25, rel=1e-6)
     scale = np.abs(right_outputs()["new_key.1"][1]).max()
     assert miss.error == pytest.approx(0.25 / scale, rel=1e-6)
     assert "new_key.1" in miss.describe()
+
+
+def test_small_errors_everywhere_are_a_miss() -> None:
+    found = right_outputs()
+    found[LOGITS][1] += 1.5e-5 * np.abs(found[LOGITS][1]).max()
+    (miss,) = misses(found)
+    assert miss.error < miss.tolerance < miss.relative_error
+    assert (miss.tensor, miss.missed_rows) == (LOGITS, (1,))
 
 
 def test_a_small_number_in_a_large_tensor_is_held_against_the_tensor() -> None:
@@ -127,7 +137,9 @@ def test_norms_are_compared_as_float64(part: int, kind: str) -> None:
     found["present_norm.1"][..., part] = 0
     found["present_norm.1"][..., part + 1] += hi  # the number is the same up to float32, split otherwise
     assert not misses(found)
-    found["present_norm.1"][0, 0, part] += 1e-3
+    found["present_norm.1"][0, 0, part] += 2e-6
+    assert not misses(found)
+    found["present_norm.1"][0, 0, part] += 5e-5
     assert [(miss.tensor, miss.kind) for miss in misses(found)] == [("present_norm.1", kind)]
 
 
@@ -147,7 +159,9 @@ def test_a_reference_that_is_not_finite_proves_nothing() -> None:
     contract = Contract(logits="all", activation=FLOAT32, tolerances=tolerances(CONFIG, "fp32"))
     compare = ContractCompare(CONFIG, SCHEDULE, {"it": contract})
     compare(IterationResult(reference, runner_name="ref"), IterationResult(right_outputs(), runner_name="it"))
-    assert [miss.tensor for miss in compare.findings if not miss] == ["present_cema.0"]
+    (miss,) = (finding for finding in compare.findings if not finding)
+    assert miss.tensor == "present_cema.0"
+    assert "the reference itself" in str(miss.problem)
 
 
 def test_hidden_kinds_are_not_expected() -> None:

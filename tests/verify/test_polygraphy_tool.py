@@ -63,8 +63,9 @@ def test_stock_polygraphy_fails_wrong_outputs_and_nan(emitted: Path, tmp_path: P
     assert "NaN" in done.stdout + done.stderr
 
 
-def test_stock_polygraphy_builds_with_tensorrt_rtx(checkpoint: Path, tmp_path: Path) -> None:
-    bundle = export_checkpoint(checkpoint, tmp_path / "half", precision="fp16")
+def test_stock_polygraphy_builds_with_tensorrt_rtx(quantized_checkpoint: Path, tmp_path: Path) -> None:
+    """Of half precision and 4-bit matrices, which the CPU multiplies otherwise."""
+    bundle = export_checkpoint(quantized_checkpoint, tmp_path / "half", precision="fp16", quantize="int4")
     emit_polygraphy(bundle, tmp_path / "files")
     passed = polygraphy(tmp_path / "files", "onnxrt")
     assert passed.returncode == 0, passed.stdout[-3000:]
@@ -88,4 +89,6 @@ def test_what_cannot_be_written_is_refused(emitted: Path, bundle: Bundle, checkp
         emit_polygraphy(bundle, emitted)
     with pytest.raises(UserError, match="no bf16"):
         emit_polygraphy(export_checkpoint(checkpoint, tmp_path / "b", precision="bf16"), tmp_path / "files")
+    with pytest.raises(UserError, match="no fp8"):
+        emit_polygraphy(export_checkpoint(checkpoint, tmp_path / "f", kv_dtype="fp8"), tmp_path / "files")
     assert not (tmp_path / "files").exists()

@@ -6,20 +6,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from export_helpers import write_seeded
-from helpers import small_config
 from verify import graph_faults as faults
 from verify.conftest import Verify
 from verify.graph_faults import Fault, bend, change_weight, spoil
 
 from megalodon_deploy.bundle import Bundle
 from megalodon_deploy.export import export_checkpoint
-
-
-@pytest.fixture(scope="module")
-def quantized_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    sizes = {"model_dim": 64, "z_dim": 32, "value_dim": 64, "ffn_hidden_dim": 96, "norm_num_groups": 4}
-    return write_seeded(tmp_path_factory.mktemp("checkpoint") / "quantized", small_config(vocab_size=256, **sizes))
 
 
 @pytest.fixture(scope="module")

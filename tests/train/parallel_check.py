@@ -23,11 +23,11 @@ from train.traffic import Traffic
 from megalodon_deploy.model.megalodon import Megalodon, ModelState
 from megalodon_deploy.model.packing import group_by_length
 from megalodon_deploy.train.config import RunConfig
-from megalodon_deploy.train.objective import Objective
+from megalodon_deploy.train.objective import MicroBatch, Objective
 from megalodon_deploy.train.parallel.dtensors import whole
 from megalodon_deploy.train.parallel.plan import Distributed, Layout
 from megalodon_deploy.train.parallel.traffic import chunk_bytes, replica_bytes, shard_bytes
-from megalodon_deploy.train.plan import OneProcess, Plan
+from megalodon_deploy.train.plan import OneProcess, Plan, join_rows
 from megalodon_deploy.train.trainer import prepare_blocks
 
 BATCH = 4
@@ -43,6 +43,7 @@ class Case:
     chunk: int = 1
     shard: bool = False
     documents: bool = False
+    micro: int = 1  # micro-batches of a rank's rows
     tolerance: float = 1e-5
     dtype: torch.dtype = torch.float32
     bfloat16: bool = False
@@ -58,8 +59,9 @@ class Case:
 EXACT: dict[str, Any] = {"dtype": torch.float64, "tolerance": 1e-12}
 CASES = {
     "data": Case(**EXACT),
+    "data accumulated": Case(micro=2, **EXACT),
     "chunk": Case(chunk=2),
-    "chunk exact": Case(chunk=2, **EXACT),
+    "chunk accumulated": Case(chunk=2, micro=2, recompute=True, **EXACT),
     "chunk recomputed": Case(chunk=2, recompute=True, **EXACT),
     "chunk compiled": Case(chunk=2, compile=True, recompute=True),
     "chunk bfloat16": Case(chunk=2, bfloat16=True, recompute=True, tolerance=2e-2),
@@ -68,6 +70,7 @@ CASES = {
     "chunk layer": Case(chunk=2, recompute=True, model={"stream_norm": "layer"}, **EXACT),
     "chunk without memory": Case(chunk=2, model={"ema": "none", "stream_norm": "layer"}, **EXACT),
     "shard": Case(shard=True),
+    "shard accumulated": Case(shard=True, micro=2, **EXACT),
     "shard exact": Case(shard=True, recompute=True, **EXACT),
     "shard compiled": Case(shard=True, compile=True, recompute=True),
     "shard bfloat16": Case(shard=True, bfloat16=True, tolerance=2e-2),
@@ -96,40 +99,41 @@ class Outcome:
     norm: Tensor
     evaluation: Tensor
     grads: dict[str, Tensor]
-    state: ModelState
+    state: ModelState | None
     received: dict[str, float]  # bytes of the two calls, by collective
 
 
-def two_calls(case: Case, plan: Plan, tokens: Tensor) -> Outcome:
-    """Two sequences whose gradients add up, the second going on from the first but in one row."""
+def two_calls(case: Case, plan: Plan, tokens: Tensor, micro: int = 1) -> Outcome:
+    """Two sequences in `micro` parts whose gradients add up; the second goes on from the first but in one row."""
     model = make_model(case)
     prepare_blocks(model, case.run, plan)
     objective = plan.prepare(Objective(model, 1000, autocasts=case.bfloat16))
-    rows, length = plan.rows(BATCH), tokens.shape[1] // 2
-    inside = (DOCUMENTS[:, 0] >= rows.start) & (DOCUMENTS[:, 0] < rows.stop)
-    documents = DOCUMENTS[inside] - [rows.start, 0, 0] if case.documents else None
+    mine, length = plan.rows(BATCH), tokens.shape[1] // 2
+    width = (mine.stop - mine.start) // micro
+    ranges = [slice(begin, begin + width) for begin in range(mine.start, mine.stop, width)]
+    inside = (DOCUMENTS[:, 0] >= mine.start) & (DOCUMENTS[:, 0] < mine.stop)
+    documents = DOCUMENTS[inside] - [mine.start, 0, 0] if case.documents else None
+    states = [None if case.documents else model.initial_state(width) for _ in ranges]
     loss = torch.zeros((), dtype=torch.float64)
-    state: ModelState | None = None
     traffic = Traffic()
-    fresh = torch.arange(BATCH)[rows] == RESET_ROW
     for begin in (0, length):
-        part = slice(begin, begin + length)
-        if state is not None:
-            state = ModelState(state.position.masked_fill(fresh, 0), state.tensors)
+        parts = []
+        for rows, state in zip(ranges, states, strict=True):
+            if state is not None:
+                fresh = torch.arange(BATCH)[rows] == RESET_ROW
+                state = ModelState(state.position.masked_fill(fresh, 0), state.tensors)
+            sequence = tokens[rows, begin : begin + length + 1]
+            parts.append(MicroBatch(sequence[:, :-1], sequence[:, 1:], documents, state))
         with nullcontext() if case.compile else traffic:  # nothing is compiled under such a mode
-            targets = tokens[rows, begin + 1 : begin + length + 1]
-            value, state = objective(tokens[rows, part], targets, documents, state)
-            value.backward()
-        loss += value.detach()
-        state = state and state.detach()
+            value, states = plan.accumulate(objective, parts, 1)
+        loss += value
     plan.reduce_gradients(objective)
     norm = plan.clip_gradients(objective, CLIP_NORM)
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    with torch.no_grad():
-        evaluation = objective(tokens[:, :length], tokens[:, 1 : length + 1])[0]
+    evaluation = plan.measure(objective, [MicroBatch(tokens[:, :length], tokens[:, 1 : length + 1])])
     grads = {name: whole(grad).clone() for name, grad in grads.items()}
-    state = state or ModelState(torch.zeros(BATCH)[rows], {})
-    return Outcome(plan.sum(loss), norm, evaluation, grads, state, traffic.received)
+    held = join_rows([state for state in states if state is not None]) if not case.documents else None
+    return Outcome(plan.sum(loss), norm, torch.tensor(evaluation), grads, held, traffic.received)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -144,24 +148,30 @@ def errors(case: Case) -> dict[str, float]:
     tokens = torch.randint(0, 40, (BATCH, 2 * 24 * case.chunk + 1))
     expected = two_calls(case, OneProcess(device), tokens)
     plan = Distributed(Layout(world_size // case.chunk, case.chunk, shard=case.shard), device)
-    found = two_calls(case, plan, tokens)
+    found = two_calls(case, plan, tokens, case.micro)
     assert found.grads.keys() == expected.grads.keys()
     rows = plan.rows(BATCH)
-    assert bool((found.state.position == expected.state.position[rows]).all())
-    recurrent = [name for name in expected.state.tensors if name.startswith(("past_cema", "past_norm"))]
-    moved = [name for name in recurrent if expected.state.tensors[name].any()]  # what the model does not use stays 0
-    states = [relative(found.state.tensors[name], expected.state.tensors[name][rows]) for name in moved]
     received = sum(size for name, size in found.received.items() if name != "broadcast_")  # DDP's, once in a run
     found_errors = {
         "loss": relative(found.loss, expected.loss),
         "norm": relative(found.norm, expected.norm),
         "evaluation": relative(found.evaluation, expected.evaluation),
         "gradient": max(relative(found.grads[name], gradient) for name, gradient in expected.grads.items()),
-        "state": max(states, default=0.0),
+        "state": state_error(found.state, expected.state, rows),
     }
     scaled = {name: error / case.tolerance for name, error in found_errors.items()}
     claimed = 0 if case.compile else 2 * claimed_bytes(case, rows.stop - rows.start)
     return {**scaled, "bytes": abs(received - claimed)}
+
+
+def state_error(found: ModelState | None, expected: ModelState | None, rows: slice) -> float:
+    """The largest of the recurrent tensors; 0 where documents leave no state."""
+    if found is None or expected is None:
+        return 0.0 if found is expected else float("nan")
+    assert bool((found.position == expected.position[rows]).all())
+    recurrent = [name for name in expected.tensors if name.startswith(("past_cema", "past_norm"))]
+    moved = [name for name in recurrent if expected.tensors[name].any()]  # what the model does not use stays 0
+    return max((relative(found.tensors[name], expected.tensors[name][rows]) for name in moved), default=0.0)
 
 
 def claimed_bytes(case: Case, rows: int) -> float:
@@ -172,7 +182,7 @@ def claimed_bytes(case: Case, rows: int) -> float:
     if not case.shard:
         return exchanged + replica_bytes(config, world_size, itemsize)
     if not case.documents:
-        return exchanged + shard_bytes(config, world_size, itemsize)
+        return exchanged + case.micro * shard_bytes(config, world_size, itemsize)
     runs = max(len(group_by_length(DOCUMENTS[DOCUMENTS[:, 0] // rows == rank, 2])) for rank in range(world_size))
     agreed = 2 * torch.int64.itemsize * (1 - 1 / world_size)  # how often the blocks run
     return shard_bytes(config, world_size, itemsize, runs) + agreed

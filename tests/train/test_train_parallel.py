@@ -15,9 +15,17 @@ from megalodon_deploy.errors import TrainError
 from megalodon_deploy.train import train
 from megalodon_deploy.train.parallel.plan import Layout
 
-TWO = ["data", "chunk", "chunk exact", "chunk recomputed", "chunk compiled", "chunk bfloat16", "chunk real"]
-TWO += ["chunk none", "chunk layer", "chunk without memory"]
-TWO += ["shard", "shard exact", "shard compiled", "shard bfloat16", "shard real", "shard documents"]
+TWO = ["data", "data accumulated", "chunk", "chunk accumulated", "chunk recomputed", "chunk compiled", "chunk bfloat16"]
+TWO += ["chunk real", "chunk none", "chunk layer", "chunk without memory"]
+TWO += [
+    "shard",
+    "shard accumulated",
+    "shard exact",
+    "shard compiled",
+    "shard bfloat16",
+    "shard real",
+    "shard documents",
+]
 FOUR = ["chunk", "four chunks", "four chunks recomputed", "shard exact", "shard chunk", "shard chunk exact"]
 
 

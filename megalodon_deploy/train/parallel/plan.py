@@ -8,6 +8,7 @@ where tensor ranks hold parts of the weights.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ from torch.optim import Optimizer
 from megalodon_deploy.errors import TrainError
 from megalodon_deploy.model.megalodon import Megalodon, ModelState
 from megalodon_deploy.train.config import TrainConfig
-from megalodon_deploy.train.objective import Objective
+from megalodon_deploy.train.objective import MicroBatch, Objective
 from megalodon_deploy.train.parallel.chunk import ChunkParallel
 from megalodon_deploy.train.parallel.dtensors import by_kind, clip_gradients, local, whole
 from megalodon_deploy.train.parallel.shard import gathered_root, shard_weights
@@ -122,6 +123,17 @@ class Distributed(OneProcess):
 
     def parameter_groups(self, objective: nn.Module) -> list[list[nn.Parameter]]:
         return by_kind(objective.parameters())
+
+    def accumulate(
+        self, objective: nn.Module, parts: Sequence[MicroBatch], num_targets: int
+    ) -> tuple[Tensor, list[ModelState | None]]:
+        """Whole gradients are exchanged once, in the last backward pass; FSDP2 keeps none, and exchanges in each."""
+        if not isinstance(objective, DistributedDataParallel):
+            return super().accumulate(objective, parts, num_targets)
+        with objective.no_sync():
+            first, states = super().accumulate(objective, parts[:-1], num_targets)
+        last, last_states = super().accumulate(objective, parts[-1:], num_targets)
+        return first + last, states + last_states
 
     def recomputation(self) -> Contexts:
         return self._chunks.recomputation() if self._chunks else super().recomputation()

@@ -4,12 +4,13 @@
 
 The request names the library, the numbers of the mutants, the check files and where the answers go. A first run of
 all checks without a mutant notes how long each takes and in which of them a removal would change anything: a mutant is
-then tried on those alone, the quickest first, until one fails.
+then tried on those alone, the quickest first, until one fails or, with a budget, enough were tried.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import os
 import resource
@@ -38,12 +39,13 @@ class Request:
     checks: list[str]
     jobs: int
     has_rehearsal: bool
+    budget_seconds: float  # of checks for each mutant, as the rehearsal timed them
     answers: str  # a file, a line [number, status] for each mutant in the order in which they are known
 
 
 @dataclass
 class Rehearsal:
-    """Of one check: seconds, and the numbers of the mutants that would have changed something."""
+    """Of one check: seconds of processor time, and the numbers of the mutants that would have changed something."""
 
     seconds: float = LONGEST_SECONDS / 10
     touched: list[int] = field(default_factory=list)
@@ -81,7 +83,9 @@ class Trials:
             return [(item, LONGEST_SECONDS / 10) for item in ordered]
         found = zip(items, self.rehearsals, strict=True)
         chosen = [(item, rehearsal.seconds) for item, rehearsal in found if number in rehearsal.touched]
-        return sorted(chosen, key=lambda pair: pair[1])
+        chosen.sort(key=lambda pair: pair[1])
+        before = itertools.accumulate((seconds for _, seconds in chosen), initial=0.0)
+        return [pair for pair, spent in zip(chosen, before, strict=False) if spent < self.request.budget_seconds]
 
     def _passes(self, number: int, checks: Sequence[tuple[pytest.Item, float]]) -> bool:
         ctypes.CDLL(self.request.library).mgd_choose_mutant(number)
@@ -111,11 +115,11 @@ class Trials:
         rehearsals = []
         for index, item in enumerate(items):
             ctypes.memset(touched, 0, len(touched))
-            start = time.monotonic()
+            start = time.process_time()
             if failure := _failure(item, items[index + 1] if index + 1 < len(items) else None):
                 path.write_text(json.dumps(failure), encoding="utf-8")
                 return False
-            seconds, bits = time.monotonic() - start, bytes(touched)
+            seconds, bits = time.process_time() - start, bytes(touched)
             rehearsals.append(Rehearsal(seconds, [number for number in self.request.numbers if bits[number]]))
         path.write_text(json.dumps([asdict(rehearsal) for rehearsal in rehearsals]), encoding="utf-8")
         return True

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -33,6 +34,7 @@ TRIALS = Path(__file__).with_name("mutant_trials.py")
 CHECKS = PLUGINS.parent / "tests" / "plugins"
 ALLOWED = Path(__file__).with_name("mutants_allowed.toml")
 BUILD = PLUGINS.parent / "build" / "mutants"
+PLAIN_SECONDS = 4.0
 BROKEN = "does not compile"
 ALIVE = (SURVIVED, UNTOUCHED)
 
@@ -90,6 +92,7 @@ class Stage:
     builder: Builder
     environment: Callable[[Path], dict[str, str]]  # of a process that loads this library
     has_rehearsal: bool
+    budget_seconds: float = math.inf
 
     def outcomes(self, mutants: Sequence[Mutant], jobs: int) -> list[Outcome]:
         """Raises RuntimeError when checks fail on the kernels as they are: no mutant could be told from that."""
@@ -105,6 +108,7 @@ class Stage:
             checks=checks_of(mutants),
             jobs=jobs,
             has_rehearsal=self.has_rehearsal,
+            budget_seconds=self.budget_seconds,
             answers=str(answers),
         )
         path = self.builder.folder / "request.json"
@@ -140,13 +144,14 @@ def plain_environment(library: Path) -> dict[str, str]:
 
 
 def stages(mutants: Sequence[Mutant], *, compile_soon: bool) -> list[Stage]:
-    """Plain first: it is faster, and few mutants are left for the sanitizers. `compile_soon` is for few mutants."""
+    """A few plain checks kill most mutants soon; the sanitizers take all checks of the rest. `compile_soon` is for few
+    mutants."""
     flags = ["-O0"] if compile_soon else []
     plain = Builder(BUILD / ("soon" if compile_soon else "plain"), flags, mutants)
     sanitized = Builder(BUILD / "sanitized", FLAGS, mutants)
     return [
-        Stage(plain, plain_environment, has_rehearsal=not compile_soon),
-        Stage(sanitized, sanitizer_environment, has_rehearsal=not compile_soon),
+        Stage(plain, plain_environment, not compile_soon, PLAIN_SECONDS),
+        Stage(sanitized, sanitizer_environment, not compile_soon),
     ]
 
 

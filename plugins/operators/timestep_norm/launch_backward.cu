@@ -56,6 +56,7 @@ int launch_as(const TimestepNormBackwardCall& call, cudaStream_t stream) {
         status = launch_rows<Activation>(call, workspace, stream);
     } else if (in.B > 0) {
         const int64_t num_blocks = ceil_div(in.B * in.G, kBlockThreads);
+        if (num_blocks > kMaxBlocks) return MGD_UNSUPPORTED;
         status =
             status_of(launch_kernel(timestep_norm::copy_gradients_kernel, num_blocks, kBlockThreads, stream, call));
     }

@@ -53,6 +53,12 @@ def test_draws_follow_the_distribution_to_its_ends(kernels: KernelLibrary) -> No
     assert run_choices(kernels, rows).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
+def test_sums_of_a_large_vocabulary_do_not_overflow(kernels: KernelLibrary) -> None:
+    """All tokens weigh 1: with the scale of small vocabularies their sum would be beyond 64 bits."""
+    row = ChoiceRow(np.zeros(70_000, np.float32), SamplingParams(top_k=69_999), [], seed=5)
+    assert run_choices(kernels, [row]).tolist() == [row.expected]
+
+
 def test_broken_logits_give_no_token(kernels: KernelLibrary) -> None:
     good = np.arange(300, dtype=np.float32)
     rows: list[ChoiceRow | None] = [

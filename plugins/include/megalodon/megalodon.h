@@ -64,11 +64,12 @@ MGD_API const char* mgd_status_string(int status);
  * q         [D, N, 2]     float32; the operator's q_powers[0], so a pointer to q_powers serves
  * gamma     [D, N, 2]     float32, with 1 / sqrt(N) folded in
  * omega     [D]           float32
- * lengths   [B]           int64, or NULL: tokens of the row that count, 0 .. T. Those after them change nothing, may
- * hold anything, and their y is 0. y         [B, T, D]     dtype, output; must not overlap x present   [B, D, N, 2]
- * float32, output: the state after the row's last token that counts workspace device memory of workspace_bytes, 16-byte
- * aligned; may be NULL and 0. With at least mgd_complex_ema_workspace_bytes, few channels and many tokens are spread
- * over the whole device.
+ * lengths   [B]           int64, or NULL: tokens of the row that count, 0 .. T (numbers outside count as the nearest).
+ *                         Those after them change nothing, may hold anything, and their y is 0
+ * y         [B, T, D]     dtype, output; must not overlap x
+ * present   [B, D, N, 2]  float32, output: the state after the row's last token that counts
+ * workspace device memory of workspace_bytes, 16-byte aligned; may be NULL and 0. With at least
+ *           mgd_complex_ema_workspace_bytes, few channels and many tokens are spread over the whole device
  */
 MGD_API int mgd_complex_ema(int dtype, int64_t B, int64_t T, int64_t D, int64_t N, const void* x, const float* past,
                             const int64_t* position, const float* p, const float* q, const float* gamma,

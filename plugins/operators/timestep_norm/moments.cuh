@@ -12,11 +12,10 @@ struct Moments {
     double count, mean, spread;
 };
 
-/// Moments of stretch `a` followed by stretch `b`. With b one token this is the update of the specification:
-/// mean' = mean + delta / n', n' var' = n var + v + delta^2 n / n'.
+/// Moments of stretch `a` followed by stretch `b`, which is not empty. With b one token this is the update of the
+/// specification: mean' = mean + delta / n', n' var' = n var + v + delta^2 n / n'.
 __device__ inline Moments join(const Moments& a, const Moments& b) {
     if (a.count == 0) return b;  // selected: an empty stretch has no mean
-    if (b.count == 0) return a;
     const double count = a.count + b.count;
     const double delta = b.mean - a.mean;
     const double share = b.count / count;

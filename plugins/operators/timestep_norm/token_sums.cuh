@@ -86,7 +86,8 @@ __global__ void token_sums_kernel(TimestepNormInputs in, const void* grad_y, int
     const int groups_at_once = static_cast<int>(blockDim.x) / lanes;
     const Activation* x_D = static_cast<const Activation*>(in.x) + blockIdx.x * in.D;
     const Activation* grad_D = kHasGradient ? static_cast<const Activation*>(grad_y) + blockIdx.x * in.D : nullptr;
-    const bool is_aligned = has_aligned_packs(x_D, size), is_grad_aligned = has_aligned_packs(grad_D, size);
+    const bool is_aligned = has_aligned_packs(x_D, size);
+    const bool is_grad_aligned = has_aligned_packs(grad_D, size);
 
     for (int first_group = 0; first_group < num_groups; first_group += groups_at_once) {
         const int g = first_group + thread / lanes;

@@ -110,7 +110,7 @@ def _wide(past: Array, scale: Array | None, b: int, h: int, count: int) -> Array
     return rows if scale is None else rows * scale[b, h, :count, None].astype(np.float64)
 
 
-def run_attention(kernels: KernelLibrary, call: Attention) -> Array:
+def run_attention(kernels: KernelLibrary, call: Attention, *, workspace_value: float = np.nan) -> Array:
     """The operator's output; fails when an input or a margin was written."""
     dtype, past = (_number(array.dtype) for array in (call.q, call.past_key))
     (B, H, T, dz), dv, S = call.q.shape, call.v.shape[3], call.past_key.shape[2]
@@ -119,7 +119,7 @@ def run_attention(kernels: KernelLibrary, call: Attention) -> Array:
     given = [None if getattr(call, name) is None else kernels.tensor(getattr(call, name)) for name in names]
     out = kernels.tensor(np.full(call.v.shape, np.nan, call.v.dtype))
     num_bytes = workspace_bytes(kernels, B=B, H=H, S=S, dv=dv)
-    workspace = Tensor(kernels.memory, np.full(num_bytes // 4, np.nan, np.float32))
+    workspace = Tensor(kernels.memory, np.full(num_bytes // 4, workspace_value, np.float32))
     status = kernels.library.mgd_chunk_attention(
         dtype,
         past,

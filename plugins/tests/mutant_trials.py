@@ -2,9 +2,10 @@
 
     python plugins/tests/mutant_trials.py REQUEST.json
 
-The request names the library, the numbers of the mutants, the check files and where the answers go. A first run of
-all checks without a mutant notes how long each takes and in which of them a removal would change anything: a mutant is
-then tried on those alone, the quickest first, until one fails or, with a budget, enough were tried.
+The request names the library, the numbers of the mutants, the check files and where the answers go. A rehearsal, all
+checks without a mutant, notes how long each takes and in which of them a removal would change anything: a mutant is
+then tried on those alone, the quickest first, until one fails or, with a budget, enough were tried. A check that fails
+must pass without the mutant.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from __future__ import annotations
 import ctypes
 import itertools
 import json
+import mmap
 import os
 import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,29 +28,39 @@ import pytest
 from _pytest.runner import runtestprotocol
 
 KILLED, SURVIVED, UNTOUCHED = "killed", "survived", "untouched"  # untouched: it made no difference in any check
-LONGEST_SECONDS = 200.0  # of processor time for a check of unknown length: a loop without end is a killed mutant
+LONGEST_SECONDS = 20.0  # for a check of unknown length
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a process is asked: with `has_rehearsal`, checks run without a mutant first."""
+    """What a process is asked."""
 
     library: str
     num_mutants: int  # in the library
     numbers: list[int]
     checks: list[str]
     jobs: int
-    has_rehearsal: bool
+    rehearsal: str | None  # a file, written where it is missing; none: nothing is known of the checks
     budget_seconds: float  # of checks for each mutant, as the rehearsal timed them
     answers: str  # a file, a line [number, status] for each mutant in the order in which they are known
 
 
-@dataclass
-class Rehearsal:
-    """Of one check: seconds of processor time, and the numbers of the mutants that would have changed something."""
+@dataclass(frozen=True)
+class Check:
+    """One test."""
 
-    seconds: float = LONGEST_SECONDS / 10
-    touched: list[int] = field(default_factory=list)
+    item: pytest.Item
+    seconds: float = LONGEST_SECONDS  # of processor time
+    touched: frozenset[int] = frozenset()  # mutants that would have changed something
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A mutant whose process runs."""
+
+    number: int
+    checks: Sequence[Check]
+    current: mmap.mmap  # shared with the process: the index of the check that it runs
 
 
 class Trials:
@@ -56,72 +68,86 @@ class Trials:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.error: str | None = None  # why nothing could be tried
-        self.rehearsals: list[Rehearsal] | None = None
+        self.error: str | None = None  # why nothing can be tried
+        self.right = set[str]()  # checks that have passed without a mutant
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        if self.request.has_rehearsal and not self._rehearse(session.items):
-            return True
-        waiting, running = list(self.request.numbers), dict[int, int]()
+        checks = [Check(item) for item in session.items]
+        if self.request.rehearsal is not None:
+            path = Path(self.request.rehearsal)
+            if not path.is_file():
+                self._rehearse(session.items, path)
+            if self.error is not None:
+                return True
+            found = json.loads(path.read_text(encoding="utf-8"))
+            checks = [Check(item, found[item.nodeid][0], frozenset(found[item.nodeid][1])) for item in session.items]
+        waiting, running = list(self.request.numbers), dict[int, Trial]()
         with open(self.request.answers, "a", encoding="utf-8", buffering=1) as answers:
-            while waiting or running:
+            while (waiting or running) and self.error is None:
                 if waiting and len(running) < self.request.jobs:
-                    number = waiting.pop(0)
-                    if chosen := self._checks_for(number, session.items):
-                        running[_in_child(partial(self._passes, number, chosen))] = number
+                    trial = Trial(waiting.pop(0), [], mmap.mmap(-1, 8))
+                    trial = replace(trial, checks=self._checks_for(trial.number, checks))
+                    if trial.checks:
+                        running[_in_child(partial(self._passes, trial))] = trial
                     else:
-                        answers.write(json.dumps([number, UNTOUCHED]) + "\n")
+                        answers.write(json.dumps([trial.number, UNTOUCHED]) + "\n")
                     continue
                 pid, status = os.wait()
-                answers.write(json.dumps([running.pop(pid), KILLED if status else SURVIVED]) + "\n")
+                trial = running.pop(pid)
+                if status:
+                    self._confirm(trial)
+                answers.write(json.dumps([trial.number, KILLED if status else SURVIVED]) + "\n")
         return True
 
-    def _checks_for(self, number: int, items: Sequence[pytest.Item]) -> list[tuple[pytest.Item, float]]:
+    def _checks_for(self, number: int, checks: Sequence[Check]) -> list[Check]:
         """What catches a missing barrier comes first where nothing is known of the checks."""
-        if self.rehearsals is None:
-            ordered = sorted(items, key=lambda item: "order" not in item.name)
-            return [(item, LONGEST_SECONDS / 10) for item in ordered]
-        found = zip(items, self.rehearsals, strict=True)
-        chosen = [(item, rehearsal.seconds) for item, rehearsal in found if number in rehearsal.touched]
-        chosen.sort(key=lambda pair: pair[1])
-        before = itertools.accumulate((seconds for _, seconds in chosen), initial=0.0)
-        return [pair for pair, spent in zip(chosen, before, strict=False) if spent < self.request.budget_seconds]
+        if self.request.rehearsal is None:
+            return sorted(checks, key=lambda check: "order" not in check.item.name)
+        chosen = sorted((check for check in checks if number in check.touched), key=lambda check: check.seconds)
+        before = itertools.accumulate((check.seconds for check in chosen), initial=0.0)
+        return [check for check, spent in zip(chosen, before, strict=False) if spent < self.request.budget_seconds]
 
-    def _passes(self, number: int, checks: Sequence[tuple[pytest.Item, float]]) -> bool:
-        ctypes.CDLL(self.request.library).mgd_choose_mutant(number)
-        for index, (item, seconds) in enumerate(checks):
+    def _passes(self, trial: Trial) -> bool:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # what the sanitizers say of it
+        ctypes.CDLL(self.request.library).mgd_choose_mutant(trial.number)
+        for index, check in enumerate(trial.checks):
+            trial.current[:] = index.to_bytes(8, "little")
             used = resource.getrusage(resource.RUSAGE_SELF)
-            limit = int(used.ru_utime + used.ru_stime + 3 + 10 * seconds)
+            limit = int(used.ru_utime + used.ru_stime + 3 + 10 * check.seconds)
             resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
-            if _failure(item, checks[index + 1][0] if index + 1 < len(checks) else None):
+            if _failure(check.item, trial.checks[index + 1].item if index + 1 < len(trial.checks) else None):
                 return False
         return True
 
-    def _rehearse(self, items: Sequence[pytest.Item]) -> bool:
+    def _confirm(self, trial: Trial) -> None:
+        """The check that failed passes without the mutant, else no mutant can be told from what is wrong."""
+        check = trial.checks[int.from_bytes(trial.current[:], "little")]
+        name = check.item.nodeid
+        if name in self.right:
+            return
+        self.right.add(name)
+        pid = _in_child(partial(self._passes, Trial(0, [check], mmap.mmap(-1, 8))))
+        if os.waitpid(pid, 0)[1]:
+            self.error = f"{name} fails on the kernels as they are"
+
+    def _rehearse(self, items: Sequence[pytest.Item], path: Path) -> None:
         """In a child as well: autograd, once used, refuses to work in forks."""
-        path = Path(self.request.answers + ".rehearsal")
-        _, status = os.waitpid(_in_child(partial(self._write_rehearsal, items, path)), 0)
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else "the checks end the process"
-        if status or isinstance(found, str):
-            self.error = str(found)
-            return False
-        self.rehearsals = [Rehearsal(**entry) for entry in found]
-        return True
+        pid = _in_child(partial(self._write_rehearsal, items, path))
+        if os.waitpid(pid, 0)[1]:
+            self.error = "the checks fail on the kernels as they are"
 
     def _write_rehearsal(self, items: Sequence[pytest.Item], path: Path) -> bool:
-        path.unlink(missing_ok=True)
         library = ctypes.CDLL(self.request.library)
         touched = (ctypes.c_ubyte * (self.request.num_mutants + 1)).in_dll(library, "mgd_touched")
-        rehearsals = []
+        found = dict[str, tuple[float, list[int]]]()
         for index, item in enumerate(items):
             ctypes.memset(touched, 0, len(touched))
             start = time.process_time()
             if failure := _failure(item, items[index + 1] if index + 1 < len(items) else None):
-                path.write_text(json.dumps(failure), encoding="utf-8")
+                print(failure, file=sys.stderr)
                 return False
-            seconds, bits = time.process_time() - start, bytes(touched)
-            rehearsals.append(Rehearsal(seconds, [number for number in self.request.numbers if bits[number]]))
-        path.write_text(json.dumps([asdict(rehearsal) for rehearsal in rehearsals]), encoding="utf-8")
+            found[item.nodeid] = time.process_time() - start, [number for number, bit in enumerate(touched) if bit]
+        path.write_text(json.dumps(found), encoding="utf-8")
         return True
 
 

@@ -34,6 +34,7 @@ DECODE_SIZES: list[dict[str, Any]] = [
     {"S": 40, "dz": 256, "dv": 2048, "filled": [31], "H": 1},
     {"S": 21, "dz": 200, "dv": 300, "filled": [20, 3]},
     {"S": 18, "dz": 1, "dv": 1, "filled": [17, 18]},
+    {"S": 9, "dz": 3, "dv": 150, "filled": [9]},
     {"S": 0, "dz": 8, "dv": 8, "filled": [0, 0]},
 ]
 PREFILL_SIZES: list[dict[str, Any]] = [
@@ -83,6 +84,13 @@ def test_workspace_of_the_largest_call_serves_smaller_ones(kernels: KernelLibrar
     for B in range(1, 9):
         for S in (0, 1, 16, 100, 2048, 4096):
             assert workspace_bytes(kernels, B=B, H=4, S=S, dv=64) <= most
+
+
+def test_the_workspace_may_hold_anything(kernels: KernelLibrary) -> None:
+    """Not only NaN, which a maximum passes over."""
+    call = attention_inputs(T=1, S=70, dz=12, dv=20, filled=[70, 16, 3])
+    expected = run_attention(kernels, call)
+    np.testing.assert_array_equal(run_attention(kernels, call, workspace_value=1e30), expected)
 
 
 @pytest.mark.parametrize("past", ["float32", "int8"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -79,8 +80,22 @@ def test_segments_give_the_recurrence(
     check_complex_ema(kernels.complex_ema, "float32", inputs)
     cut, _ = kernels.complex_ema("float32", inputs)
     assert cut.tobytes() != whole.tobytes(), "rows were not cut"
-    without_workspace, _ = kernels.complex_ema("float32", inputs, with_workspace=False)
+    without_workspace, _ = kernels.complex_ema("float32", inputs, workspace_bytes=0)
     np.testing.assert_array_equal(without_workspace, whole)
+
+
+@pytest.mark.parametrize("num_segments", [2, 3])
+def test_a_small_workspace_makes_fewer_segments(
+    kernels: KernelLibrary, set_multiprocessors: Callable[[int], None], num_segments: int
+) -> None:
+    """It is exactly as large as the states at their edges: nothing is written behind it."""
+    set_multiprocessors(MULTIPROCESSORS)
+    inputs = complex_ema_inputs(B=2, T=1030, D=3, N=4)
+    most, _ = kernels.complex_ema("float32", inputs)
+    num_bytes = (num_segments - 1) * inputs[1].nbytes
+    run = partial(kernels.complex_ema, workspace_bytes=num_bytes)
+    check_complex_ema(run, "float32", inputs)
+    assert run("float32", inputs)[0].tobytes() != most.tobytes()
 
 
 def test_segments_of_shorter_rows(kernels: KernelLibrary, set_multiprocessors: Callable[[int], None]) -> None:

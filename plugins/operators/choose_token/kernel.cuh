@@ -153,15 +153,15 @@ __device__ inline void draw(const uint64_t* mass_V, int64_t V, double uniform, c
         if (mass_V[i] > kept.border || (mass_V[i] == kept.border && ties++ < kept.num_ties)) sum += mass_V[i];
     }
     uint64_t reached = sum_before(sum, slots);
-    if (drawn < reached || drawn - reached >= sum) return;
+    if (drawn - reached >= sum) return;  // where drawn < reached, the difference is huge
     ties = ties_before;
-    for (int64_t i = first; i < end; ++i) {
-        if (mass_V[i] > kept.border || (mass_V[i] == kept.border && ties++ < kept.num_ties)) reached += mass_V[i];
-        if (reached > drawn) {
-            *token = i;
-            return;
-        }
+    int64_t last = first - 1;
+    while (reached <= drawn) {  // until `end` at the latest
+        ++last;
+        const uint64_t mass = mass_V[last];
+        if (mass > kept.border || (mass == kept.border && ties++ < kept.num_ties)) reached += mass;
     }
+    *token = last;
 }
 
 /// Writes the scores with the repetition penalty; a NaN becomes an infinity, with which nothing is chosen.
@@ -172,12 +172,10 @@ __device__ inline void penalise(const ChooseTokenCall& call, const mgd_choice& c
         score_V[i] = score == score ? score : HUGE_VAL;
     }
     __syncthreads();
-    if (choice.repetition_penalty != 1.0) {
-        const int64_t* recent = call.recent + blockIdx.x * call.max_recent;
-        for (int64_t i = threadIdx.x; i < choice.num_recent; i += kThreads) {
-            const double score = score_V[recent[i]], penalty = choice.repetition_penalty;
-            score_V[recent[i]] = score > 0 ? score / penalty : score * penalty;
-        }
+    const int64_t* recent = call.recent + blockIdx.x * call.max_recent;
+    for (int64_t i = threadIdx.x; i < choice.num_recent; i += kThreads) {
+        const double score = score_V[recent[i]], penalty = choice.repetition_penalty;
+        score_V[recent[i]] = score > 0 ? score / penalty : score * penalty;
     }
     __syncthreads();
 }

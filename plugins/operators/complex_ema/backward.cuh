@@ -36,6 +36,7 @@ struct ModeGradients {
 };
 
 /// Grid: one block for each channel block of each row. Keeps the folded state before every tile, [tiles, B, D, N, 2].
+/// At least one token.
 template <typename Layout>
 __global__ void checkpoint_kernel(ComplexEmaInputs in, float* checkpoints) {
     using Tile = typename BackwardShape<Layout>::Tile;
@@ -50,7 +51,7 @@ __global__ void checkpoint_kernel(ComplexEmaInputs in, float* checkpoints) {
 
     TileTransfer<Tile> transfer(in, place);
     transfer.load(in.x, 0, smaller<int64_t>(in.T, Tile::kTokens));
-    for (int64_t first = 0; first < in.T; first += Tile::kTokens) {
+    for (int64_t first = 0;; first += Tile::kTokens) {
         Complex states[Layout::kModes];
 #pragma unroll
         for (int i = 0; i < Layout::kModes; ++i) {
@@ -96,11 +97,11 @@ class BackwardWalk {
             modes_[i].g = state[i];
             tile_sums_[i] = {{0.0f, 0.0f}, {0.0f, 0.0f}, 0.0f};
         }
-        for (int stretch = 0; stretch < Shape::kStretches; ++stretch) {
+        for (int stretch = 0; stretch < Shape::kStretches - 1; ++stretch) {
             keep_state(starts + stretch * kModes * Layout::kThreads);
-            if (stretch + 1 == Shape::kStretches) break;
             advance_through(modes_, x + stretch * Shape::kStretch * kStride, kStride, Shape::kStretch);
         }
+        keep_state(starts + (Shape::kStretches - 1) * kModes * Layout::kThreads);
         for (int stretch = Shape::kStretches - 1; stretch >= 0; --stretch) {
             const int first = stretch * Shape::kStretch, offset = first * kStride;
             restore_state(starts + stretch * kModes * Layout::kThreads);
@@ -167,7 +168,7 @@ class BackwardWalk {
             sums[k] = 0.0f;
             if (k < count) sums[k] = take_token(states[k], states[k + 1], x[k * kStride], grad_y[k * kStride]);
         }
-        finish_stretch(sums, x, grad_y, grad_x, count);
+        finish_stretch(sums, x, grad_y, grad_x);
     }
 
     /// Returns these modes' part of the gradient of the token `u`, from the states before and after it.
@@ -190,9 +191,9 @@ class BackwardWalk {
         return sum;
     }
 
-    /// Adds up over the lanes what each mode says about the tokens' gradients, and writes them.
-    __device__ void finish_stretch(float (&sums)[Shape::kStretch], const float* x, const float* grad_y, float* grad_x,
-                                   int count) {
+    /// Adds up over the lanes what each mode says about the tokens' gradients, and writes them. x and grad_y of tokens
+    /// that do not exist are zero in a tile.
+    __device__ void finish_stretch(float (&sums)[Shape::kStretch], const float* x, const float* grad_y, float* grad_x) {
         constexpr int kStretch = Shape::kStretch;
         share_sums_over_lanes<kLanes, kStretch>(sums, lane_);
         constexpr int kShare = kLanes < kStretch ? kStretch / kLanes : 1;
@@ -201,7 +202,6 @@ class BackwardWalk {
 #pragma unroll
         for (int i = 0; i < kShare; ++i) {
             const int token = lane_ / kSharers * kShare + i;
-            if (token >= count) continue;
             const float grad = grad_y[token * kStride];
             grad_x[token * kStride] = fmaf(omega_, grad, sums[i]);
             grad_omega_ = fmaf(x[token * kStride], grad, grad_omega_);

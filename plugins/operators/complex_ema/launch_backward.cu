@@ -58,8 +58,11 @@ int launch_with(const ComplexEmaBackwardCall& call, cudaStream_t stream) {
     if (num_blocks > kMaxBlocks) return MGD_UNSUPPORTED;
     if (num_blocks > 0) {
         float* checkpoints = static_cast<float*>(call.workspace);
-        const auto first_walk = complex_ema::checkpoint_kernel<Layout>;
-        int status = status_of(launch_kernel(first_walk, num_blocks, Layout::kThreads, stream, in, checkpoints));
+        int status = MGD_OK;
+        if (in.T > 0) {
+            const auto first_walk = complex_ema::checkpoint_kernel<Layout>;
+            status = status_of(launch_kernel(first_walk, num_blocks, Layout::kThreads, stream, in, checkpoints));
+        }
         if (status != MGD_OK) return status;
         const auto second_walk = complex_ema::backward_kernel<Layout>;
         const float* states = checkpoints;

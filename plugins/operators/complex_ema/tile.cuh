@@ -125,7 +125,7 @@ class TileTransfer {
 #pragma unroll
             for (int i = 0; i < kShare; ++i) {
                 const int token = token_of(i), column = column_of(i);
-                if (!is_inside(i) || token >= num_tokens) continue;
+                if (token >= num_tokens) continue;  // so are all octets outside the tile
                 Octet::store(target + offset_ + (first + token) * D_ + column, tile + token * Tile::kStride + column,
                              num_channels_ - column, is_aligned);
             }

@@ -7,7 +7,7 @@
 
 namespace megalodon::timestep_norm {
 
-/// A stretch of tokens of one group. `spread` is count times the population variance.
+/// A stretch of tokens of one group. `spread` is count times the population variance. An empty one is all zero.
 struct Moments {
     double count, mean, spread;
 };
@@ -15,7 +15,6 @@ struct Moments {
 /// Moments of stretch `a` followed by stretch `b`, which is not empty. With b one token this is the update of the
 /// specification: mean' = mean + delta / n', n' var' = n var + v + delta^2 n / n'.
 __device__ inline Moments join(const Moments& a, const Moments& b) {
-    if (a.count == 0) return b;  // selected: an empty stretch has no mean
     const double count = a.count + b.count;
     const double delta = b.mean - a.mean;
     const double share = b.count / count;

@@ -60,15 +60,17 @@ struct GroupSums {
     float grad = 0.0f, grad_x = 0.0f;  // of grad weight, and of grad weight (x - pivot)
 
     /// Joins the sums of `lanes` neighbouring lanes, a power of two; the first of them has the result. All lanes call.
-    __device__ void join_lanes(int lanes, bool has_gradient) {
+    template <bool kHasGradient>
+    __device__ void join_lanes(int lanes) {
         for (int distance = lanes / 2; distance > 0; distance /= 2) {
             const PartialMoments other = {__shfl_xor_sync(kWholeWarp, moments.count, distance),
                                           __shfl_xor_sync(kWholeWarp, moments.mean, distance),
                                           __shfl_xor_sync(kWholeWarp, moments.spread, distance)};
             moments = timestep_norm::join(moments, other);
-            if (!has_gradient) continue;
-            grad += __shfl_xor_sync(kWholeWarp, grad, distance);
-            grad_x += __shfl_xor_sync(kWholeWarp, grad_x, distance);
+            if constexpr (kHasGradient) {
+                grad += __shfl_xor_sync(kWholeWarp, grad, distance);
+                grad_x += __shfl_xor_sync(kWholeWarp, grad_x, distance);
+            }
         }
     }
 };
@@ -108,7 +110,7 @@ __global__ void token_sums_kernel(TimestepNormInputs in, const void* grad_y, int
                 sums.grad_x = fmaf(scaled, to_float(pack.elements[k]) - pivot, sums.grad_x);
             }
         }
-        sums.join_lanes(lanes, kHasGradient);
+        sums.template join_lanes<kHasGradient>(lanes);
         if (!is_inside || lane != 0) continue;
         const PartialMoments& group = sums.moments;
         const int64_t index = workspace_index(in, row, g, t);

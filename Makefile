@@ -16,7 +16,7 @@ help:
 	@echo "make plugins  the compiled libraries: CUDA kernels and TensorRT plugins, operators for ONNX Runtime"
 	@echo "make cpp      the C++ runtime, its examples and tests, in build/cpp"
 	@echo "make sanitize the emulated kernels and the plugins under AddressSanitizer and UBSan (part of make test)"
-	@echo "make mutants  takes each barrier, mask and bound check out of the kernels and sees that a test fails (an hour)"
+	@echo "make mutants  takes each barrier, mask and bound check out of the kernels and sees that a test fails"
 	@echo "make aarch64  the whole library for Jetson and Grace, compiled here"
 	@echo "make resources  registers, stack and shared memory of every kernel on every GPU"
 	@echo "make package  wheel and source distribution, in dist"

@@ -174,7 +174,7 @@ def run(all_stages: Sequence[Stage], mutants: Sequence[Mutant], jobs: int, allow
 
 def table(outcomes: Sequence[Outcome], allowed: dict[str, str]) -> str:
     """Counts by operator, in Markdown: those of docs/kernels.md."""
-    lines = ["| operator | mutants | noticed | explained |", "| --- | --- | --- | --- |"]
+    lines = ["| operator | removals | noticed | explained |", "| --- | --- | --- | --- |"]
     operators = sorted({outcome.mutant.operator for outcome in outcomes})
     for operator in [*operators, "all"]:
         chosen = [outcome for outcome in outcomes if operator in ("all", outcome.mutant.operator)]

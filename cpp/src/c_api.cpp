@@ -219,13 +219,14 @@ int mgr_stream_generate_text(mgr_stream* stream, const char* prompt, const mgr_g
 void mgr_default_generate_options(mgr_generate_options* options) {
     if (options == nullptr) return;
     *options = {};
-    options->max_new_tokens = *GenerateOptions().max_new_tokens;
+    const GenerateOptions defaults;
+    options->max_new_tokens = *defaults.max_new_tokens;
     mgr_default_sampling(&options->sampling);
 }
 
 void mgr_default_sampling(mgr_sampling* sampling) {
     if (sampling == nullptr) return;
-    const SamplingParams defaults = GenerateOptions().sampling;
+    const SamplingParams defaults = SamplingParams::greedy();
     *sampling = {};
     sampling->temperature = defaults.temperature;
     sampling->top_p = defaults.top_p;

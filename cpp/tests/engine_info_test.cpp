@@ -17,24 +17,6 @@ using detail::choose_engine;
 using detail::EngineInfo;
 using Json = nlohmann::json;
 
-Json engine_json(const std::string& id) {
-    return {
-        {"format_version", kEngineInfoVersion},
-        {"id", id},
-        {"flavour", "tensorrt-rtx"},
-        {"version", "1.7.1.116"},
-        {"compute_capabilities", {80, 89}},
-        {"hardware_compatible", false},
-        {"version_compatible", false},
-        {"weights", "engine"},
-        {"max_batch", 4},
-        {"profile", {{"tokens", {{"min", {1, 1}}, {"opt", {4, 1}}, {"max", {4, 12}}}}}},
-        {"norm_update", "float64"},
-        {"bundle_fingerprint", TinyModel().fingerprint},
-        {"engine", {{"sha256", "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c"}, {"size_bytes", 7}}},
-        {"plugin_library", {{"name", "libmegalodon.so"}, {"abi_version", 2}, {"sha256", "0"}}}};
-}
-
 class Engines : public testing::Test {
  protected:
     void SetUp() override { write_bundle(directory_.path(), {}); }

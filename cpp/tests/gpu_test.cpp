@@ -40,18 +40,10 @@ class Gpu : public testing::TestWithParam<Flavour> {
         const auto folder = directory_.path() / kEnginesDir / "only";
         std::filesystem::create_directories(folder);
         write_text(folder / kEngineFile, "12");
-        const Json engine = {{"sha256", detail::sha256_file(folder / kEngineFile)}, {"size_bytes", 2}};
-        info_ = {{"format_version", kEngineInfoVersion},
-                 {"id", "only"},
-                 {"flavour", GetParam().backend},
-                 {"version", GetParam().version},
-                 {"compute_capabilities", {89}},
-                 {"max_batch", 4},
-                 {"profile", {{"tokens", {{"max", {4, 12}}}}}},
-                 {"norm_update", "float64"},
-                 {"bundle_fingerprint", TinyModel().fingerprint},
-                 {"engine", engine},
-                 {"plugin_library", {{"abi_version", 2}}}};
+        info_ = engine_json("only");
+        info_["flavour"] = GetParam().backend;
+        info_["version"] = GetParam().version;
+        info_["engine"] = {{"sha256", detail::sha256_file(folder / kEngineFile)}, {"size_bytes", 2}};
         write_info();
     }
     void TearDown() override {

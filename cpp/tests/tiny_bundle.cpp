@@ -4,7 +4,6 @@
 
 #include <cstdlib>
 #include <fstream>
-#include <nlohmann/json.hpp>
 
 #include "files.hpp"
 #include "formats.hpp"
@@ -78,6 +77,24 @@ void write_bundle(const std::filesystem::path& directory, const TinyModel& model
     write_text(directory / kManifestFile, manifest_text(model));
     write_text(directory / kModelFile, "graph");
     write_text(directory / kWeightsFile, "weights");
+}
+
+Json engine_json(const std::string& id) {
+    return {
+        {"format_version", kEngineInfoVersion},
+        {"id", id},
+        {"flavour", "tensorrt-rtx"},
+        {"version", "1.7.1.116"},
+        {"compute_capabilities", {80, 89}},
+        {"hardware_compatible", false},
+        {"version_compatible", false},
+        {"weights", "engine"},
+        {"max_batch", 4},
+        {"profile", {{"tokens", {{"min", {1, 1}}, {"opt", {4, 1}}, {"max", {4, 12}}}}}},
+        {"norm_update", "float64"},
+        {"bundle_fingerprint", TinyModel().fingerprint},
+        {"engine", {{"sha256", "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c"}, {"size_bytes", 7}}},
+        {"plugin_library", {{"name", "libmegalodon.so"}, {"abi_version", 2}, {"sha256", "0"}}}};
 }
 
 Bundle tiny_bundle(const TinyModel& model) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <filesystem>
+#include <nlohmann/json.hpp>
 #include <string>
 
 #include "megalodon/bundle.hpp"
@@ -33,6 +34,10 @@ std::string manifest_text(const TinyModel& model);
 
 // Writes manifest, model.onnx and model.onnx.data.
 void write_bundle(const std::filesystem::path& directory, const TinyModel& model);
+
+// What engine.json says of an engine whose file holds "weights".
+nlohmann::json engine_json(const std::string& id);
+
 void write_text(const std::filesystem::path& path, const std::string& text);
 
 // Opened; nothing of it is read later.

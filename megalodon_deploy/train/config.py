@@ -138,6 +138,7 @@ class ParallelConfig(Section):
     """How the processes that torchrun starts share the work; those left over by other axes share the rows."""
 
     chunk: int = setting("processes that each hold a part of every sequence, cut at chunk edges", 1, least=1)
+    pipeline: int = setting("processes that each hold some of the layers; micro-batches go through them", 1, least=1)
     tensor: int = setting("processes that each hold a part of every layer's wide matrices", 1, least=1)
     shard: bool = setting("share out weights, gradients and moments over all processes (FSDP2), to save memory", False)
 

@@ -46,22 +46,16 @@ class Objective(nn.Module):
         """(sum of cross-entropy over targets, state after the call).
 
         With `documents` (see `model.packing`) every document runs alone and there is no state; else rows go on from
-        `state`, or start afresh.
+        `state`, or start afresh. A stage of a pipeline takes the stream [B, T, D] of the one before it in the place of
+        tokens, and gives its own in the place of the loss unless it is the last.
         """
         with torch.autocast(tokens_BT.device.type, torch.bfloat16, enabled=self.autocasts):
-            x_BTD, after = self.hidden(tokens_BT, documents, state)
-            return self.loss(x_BTD, targets_BT), after
-
-    def hidden(
-        self, tokens_BT: Tensor, documents: np.ndarray | None, state: ModelState | None
-    ) -> tuple[Tensor, ModelState | None]:
-        """As `Megalodon.hidden`, of tokens or of the stream that enters a stage."""
-        if documents is None:
-            return self.model.hidden(tokens_BT, state)
-        return run_documents(lambda tokens: self.model.hidden(tokens)[0], tokens_BT, documents, self.num_runs), None
-
-    def loss(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-        """Sum of cross-entropy over targets, of what the last stage gives."""
-        return chunked_cross_entropy(
-            x_BTD.flatten(0, 1), self.model.output_matrix, targets_BT.flatten(), self.logits_at_once
-        )
+            after: ModelState | None = None
+            if documents is None:
+                x_BTD, after = self.model.hidden(tokens_BT, state)
+            else:
+                x_BTD = run_documents(lambda tokens: self.model.hidden(tokens)[0], tokens_BT, documents, self.num_runs)
+            if self.model.output is None:
+                return x_BTD, after
+            matrix, targets_M = self.model.output_matrix, targets_BT.flatten()
+            return chunked_cross_entropy(x_BTD.flatten(0, 1), matrix, targets_M, self.logits_at_once), after

@@ -9,10 +9,13 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from safetensors.torch import load_file
 from train.training_helpers import tiny_run
 
 from megalodon_deploy.train import TrainConfig
+from megalodon_deploy.train.checkpoints import RunFolder
 from megalodon_deploy.train.log import read_log
 
 
@@ -48,3 +51,19 @@ def _tables(config: TrainConfig) -> dict[str, Any]:
 
 def losses(path: Path) -> torch.Tensor:
     return torch.tensor([float(row["loss"]) for row in read_log(path / "log.csv")], dtype=torch.float64)
+
+
+def assert_same_run(found: RunFolder, expected: RunFolder) -> None:
+    """Logs, and the latest checkpoints to what Adam makes of rounding."""
+    logs = [read_log(folder.out / "log.csv") for folder in (found, expected)]
+    for name in ("loss", "gradient_norm", "held_out_loss"):
+        values, wanted = ([float(row[name] or 0) for row in log] for log in logs)
+        assert values == pytest.approx(wanted, rel=2e-5), name
+    step = expected.steps()[-1]
+    whole = [load_file(expected.path(step) / file) for file in ("model.safetensors", "training/moments.safetensors")]
+    tensors = [{name: torch.full_like(tensor, torch.nan) for name, tensor in kind.items()} for kind in whole]
+    found.read_tensors(step, *tensors)  # of a checkpoint in parts or not
+    for values, wanted in zip([*tensors, found.read_stream(step)], [*whole, expected.read_stream(step)], strict=True):
+        assert values.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(values[name], tensor, rtol=1e-3, atol=1e-4, msg=name)

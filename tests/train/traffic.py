@@ -27,7 +27,7 @@ class Traffic(TorchDispatchMode):
         name = func._opname
         if func.namespace in ("c10d", "_c10d_functional") and name not in _LOCAL:
             size_bytes, repeats = _RECEIVED[name](args)
-            others = 1 - 1 / _group(args).size()
+            others = 1 if name == "recv_" else 1 - 1 / _group(args).size()
             self.received[name] = self.received.get(name, 0) + repeats * size_bytes * others
         return func(*args, **(kwargs or {}))
 
@@ -43,7 +43,7 @@ def _nbytes(tensors: Sequence[torch.Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-_LOCAL = ("wait_tensor", "_wrap_tensor_autograd")  # send nothing
+_LOCAL = ("wait_tensor", "_wrap_tensor_autograd", "send")  # receive nothing
 _RECEIVED: dict[str, Callable[[Sequence[Any]], tuple[int, int]]] = {
     "all_reduce": lambda args: (args[0].nbytes, 2),
     "allreduce_": lambda args: (_nbytes(args[0]), 2),
@@ -51,4 +51,5 @@ _RECEIVED: dict[str, Callable[[Sequence[Any]], tuple[int, int]]] = {
     "_allgather_base_": lambda args: (args[0].nbytes, 1),
     "broadcast_": lambda args: (_nbytes(args[0]), 1),
     "_reduce_scatter_base_": lambda args: (args[1].nbytes, 1),
+    "recv_": lambda args: (_nbytes(args[0]), 1),
 }

@@ -35,15 +35,22 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """As `clip_grad_norm_`, for parameters of several kinds: one sum over ranks for each kind, not for each tensor."""
-    groups = [[parameter.grad for parameter in group if parameter.grad is not None] for group in by_kind(parameters)]
-    groups = [group for group in groups if group]
-    norm = torch.stack([_square(group) for group in groups]).sum().sqrt()
+def squared_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The sum of all gradients' squares, float64: one sum over ranks for each kind, not for each tensor."""
+    return torch.stack([_square(group) for group in _gradients(parameters)]).sum()
+
+
+def scale_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm: Tensor) -> Tensor:
+    """Make a norm of `norm` at most `max_norm`, as `clip_grad_norm_` does; returns `norm`."""
     factor = (max_norm / (norm + _CLIP_EPSILON)).clamp(max=1)
-    for group in groups:
+    for group in _gradients(parameters):
         torch._foreach_mul_([local(gradient) for gradient in group], factor.to(group[0].dtype))
     return norm
+
+
+def _gradients(parameters: Iterable[nn.Parameter]) -> list[list[Tensor]]:
+    groups = [[parameter.grad for parameter in group if parameter.grad is not None] for group in by_kind(parameters)]
+    return [group for group in groups if group]
 
 
 def _square(gradients: list[Tensor]) -> Tensor:

@@ -11,6 +11,7 @@ from torch import distributed as dist
 
 from megalodon_deploy.errors import TrainError
 from megalodon_deploy.train.config import TrainConfig
+from megalodon_deploy.train.parallel.pipeline import Pipelined
 from megalodon_deploy.train.parallel.plan import Distributed, Layout
 from megalodon_deploy.train.plan import OneProcess, Plan
 
@@ -33,6 +34,6 @@ def open_plan(config: TrainConfig, device: torch.device) -> Iterator[Plan]:
         raise TrainError("this build of PyTorch has no torch.distributed; run one process")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Distributed(layout, device)
+        yield (Pipelined if layout.pipeline > 1 else Distributed)(layout, device)
     finally:
         dist.destroy_process_group()

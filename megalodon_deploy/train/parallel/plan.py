@@ -8,6 +8,7 @@ where tensor ranks hold parts of the weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -25,13 +26,13 @@ from megalodon_deploy.model.megalodon import Megalodon, ModelState
 from megalodon_deploy.train.config import TrainConfig
 from megalodon_deploy.train.objective import MicroBatch, Objective
 from megalodon_deploy.train.parallel.chunk import ChunkParallel
-from megalodon_deploy.train.parallel.dtensors import by_kind, clip_gradients, local, whole
+from megalodon_deploy.train.parallel.dtensors import by_kind, local, scale_gradients, squared_norm, whole
 from megalodon_deploy.train.parallel.shard import gathered_root, shard_weights
 from megalodon_deploy.train.parallel.tensor import cut_state, join_state, parallelize, supported_ways
 from megalodon_deploy.train.parts import staged
 from megalodon_deploy.train.plan import Contexts, OneProcess, Snapshot, join_rows, training_tensors
 
-DATA, CHUNK, TENSOR = "data", "chunk", "tensor"
+PIPELINE, DATA, CHUNK, TENSOR = "pipeline", "data", "chunk", "tensor"
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Layout:
     tensor: int = 1
     shard: bool = False
     sharded_checkpoints: bool = False
+    pipeline: int = 1
 
     @property
     def replicas(self) -> int:
@@ -53,11 +55,14 @@ class Layout:
     @classmethod
     def of(cls, config: TrainConfig, world_size: int) -> Layout:
         """Raises `TrainError` when the run does not fit on `world_size` ranks."""
-        chunk, tensor = config.parallel.chunk, config.parallel.tensor
-        if world_size % (chunk * tensor):
-            asked = " x ".join(f"parallel.{name} = {n}" for name, n in ((CHUNK, chunk), (TENSOR, tensor)) if n > 1)
+        parallel, run = config.parallel, config.run
+        asked = {name: getattr(parallel, name) for name in (PIPELINE, CHUNK, TENSOR)}
+        chunk, tensor = parallel.chunk, parallel.tensor
+        data, left = divmod(world_size, math.prod(asked.values()))
+        if left or not data:
+            named = " x ".join(f"parallel.{name} = {number}" for name, number in asked.items() if number > 1)
             raise TrainError(
-                f"{asked} does not divide the number of processes, {world_size}; "
+                f"{named} does not divide the number of processes, {world_size}; "
                 "start more: torchrun --nproc-per-node N -m megalodon_deploy.cli train ..."
             )
         if tensor not in (ways := supported_ways(config.model)):
@@ -65,7 +70,6 @@ class Layout:
                 f"parallel.tensor = {tensor} does not cut this model's heads, value_dim and ffn_hidden_dim evenly; "
                 f"these do: {', '.join(map(str, ways))}"
             )
-        data, run = world_size // (chunk * tensor), config.run
         if run.batch_size % data:
             raise TrainError(f"run.batch_size = {run.batch_size} is not a multiple of {data} data-parallel processes")
         if run.minutes is not None and world_size > 1:
@@ -78,8 +82,28 @@ class Layout:
             )
         if config.parallel.shard and tensor > 1:
             raise TrainError(f"parallel.shard = true with parallel.tensor = {tensor}: choose one of the two")
-        shard, sharded = config.parallel.shard, config.checkpoint.sharded
-        return cls(data, chunk, tensor, shard, shard if sharded is None else sharded)
+        if parallel.pipeline > 1:
+            _check_pipeline(config, run.batch_size // data)
+        shard, sharded = parallel.shard, config.checkpoint.sharded
+        return cls(data, chunk, tensor, shard, shard if sharded is None else sharded, parallel.pipeline)
+
+
+def _check_pipeline(config: TrainConfig, num_rows: int) -> None:
+    """Raises `TrainError` when a pipeline cannot run it; `num_rows` of a step go through each."""
+    num_stages, micro = config.parallel.pipeline, config.run.micro_batch_size or num_rows
+    asked = f"parallel.pipeline = {num_stages}"
+    if num_stages > config.model.num_layers:
+        raise TrainError(f"{asked} is more than model.num_layers = {config.model.num_layers}: a stage has a layer")
+    if num_rows % micro:
+        raise TrainError(
+            f"{asked} needs micro-batches of one size: run.micro_batch_size = {micro} does not divide the {num_rows} "
+            "rows of a step that go through a pipeline"
+        )
+    if config.parallel.chunk > 1 or config.parallel.shard:
+        other = "shard = true" if config.parallel.shard else f"chunk = {config.parallel.chunk}"
+        raise TrainError(f"{asked} with parallel.{other}: choose one of the two")
+    if config.log.sample_tokens:
+        raise TrainError(f"{asked} with log.sample_tokens: no process has the whole model; set it to 0")
 
 
 class Distributed(OneProcess):
@@ -93,10 +117,11 @@ class Distributed(OneProcess):
         self._sharded: FSDPModule | None = None
         # Its own group: checkpoints are written while the next steps are computed.
         self.checkpoint_group = dist.new_group(backend="gloo") if layout.sharded_checkpoints else None
-        shape = (layout.data, layout.chunk, layout.tensor)
-        self._mesh: DeviceMesh = init_device_mesh(device.type, shape, mesh_dim_names=(DATA, CHUNK, TENSOR))
-        replicas = init_device_mesh(device.type, (layout.replicas, layout.tensor), mesh_dim_names=("replicas", TENSOR))
-        self._replicas = replicas["replicas"]
+        shape = (layout.pipeline, layout.data, layout.chunk, layout.tensor)
+        self._mesh: DeviceMesh = init_device_mesh(device.type, shape, mesh_dim_names=(PIPELINE, DATA, CHUNK, TENSOR))
+        alike = (layout.pipeline, layout.replicas, layout.tensor)
+        self._replicas = init_device_mesh(device.type, alike, mesh_dim_names=(PIPELINE, "replicas", TENSOR))["replicas"]
+        self._collects = all(self._mesh.get_local_rank(axis) == 0 for axis in (DATA, CHUNK, TENSOR))  # for checkpoints
 
     def rows(self, batch_size: int) -> slice:
         count, place = batch_size // self.layout.data, self._mesh.get_local_rank(DATA)
@@ -113,7 +138,8 @@ class Distributed(OneProcess):
             self._sharded = shard_weights(module, objective.model, self._replicas)
             objective.num_runs = self._most
             return module
-        return module if self.layout.tensor > 1 else DistributedDataParallel(module)
+        in_parts = self.layout.tensor > 1 or self.layout.pipeline > 1
+        return module if in_parts else DistributedDataParallel(module)
 
     def _most(self, count: int) -> int:
         """The largest count of any rank."""
@@ -152,7 +178,8 @@ class Distributed(OneProcess):
                 work.wait()
 
     def clip_gradients(self, objective: nn.Module, max_norm: float) -> Tensor:
-        return clip_gradients(objective.parameters(), max_norm)
+        norm = squared_norm(objective.parameters()).sqrt()
+        return scale_gradients(objective.parameters(), max_norm, norm)
 
     def reading(self) -> AbstractContextManager[None]:
         return nullcontext() if self._sharded is None else gathered_root(self._sharded)
@@ -168,17 +195,20 @@ class Distributed(OneProcess):
         return bool(total)
 
     def capture(self, model: Megalodon, optimizer: Optimizer, state: ModelState | None) -> Snapshot | None:
-        if state is not None:
-            state = join_state(self._gathered(state, TENSOR), self._config)
-            state = join_rows(self._gathered(state, DATA))
+        state = state and self._whole_state(state)
         if self._sharded is not None:
             self._sharded.reshard()  # an evaluation leaves the root's weights whole
         if self.checkpoint_group is None:
             snapshot = super().capture(model, optimizer, state)
-            return snapshot if self.rank == 0 else None
+            return snapshot if self._collects else None
         weights, moments = map(staged, training_tensors(model, optimizer))
         stream = {} if state is None or self.rank else {"position": state.position, **state.tensors}
         return Snapshot(weights, moments, staged(stream))
+
+    def _whole_state(self, state: ModelState) -> ModelState:
+        """Of all rows; on rank 0 at least."""
+        state = join_state(self._gathered(state, TENSOR), self._config)
+        return join_rows(self._gathered(state, DATA))
 
     def _gathered(self, state: ModelState, axis: str) -> list[ModelState]:
         """As Python objects: key/value memory may have a different length on each rank."""
@@ -192,7 +222,7 @@ class Distributed(OneProcess):
 
     def _whole(self, tensor: Tensor) -> Tensor:
         full = whole(tensor)
-        return full if self.rank == 0 else full.new_empty(0)  # no rank but the first keeps a copy
+        return full if self._collects else full.new_empty(0)  # others keep no copy
 
     def barrier(self) -> None:
         dist.barrier()

@@ -74,7 +74,7 @@ def parallelize(model: Megalodon, mesh: DeviceMesh) -> None:
     }
     if model.config.swiglu:
         plan["nffn.fc3"] = ColwiseParallel()
-    for layer in model.layers:
+    for layer in model.layers.children():  # of a stage, those that are here
         parallelize_module(layer, mesh, plan)
     model.config = _part(model.config, ways)
 

@@ -54,6 +54,12 @@ def tensor_bytes(config: MegalodonConfig, num_tokens: int, world_size: int, item
     return 2 * config.num_layers * num_tokens * channels * itemsize * (world_size - 1) / world_size
 
 
+def pipeline_bytes(config: MegalodonConfig, num_tokens: int, itemsize: int = _FLOAT32_BYTES) -> int:
+    """Of layers over stages: the stream [tokens, D] from the stage before, and its gradient from the stage behind. The
+    first and the last stage receive half as much; with a tied embedding its gradient once a step."""
+    return 2 * num_tokens * config.model_dim * itemsize
+
+
 def is_trained(config: MegalodonConfig, spec: ParameterSpec) -> bool:
     """A moving average that does not rotate keeps its angles."""
     return config.ema == "complex" or not spec.name.endswith("cema.theta")

@@ -30,16 +30,18 @@ class WeightSource:
 def load_reference(bundle: Bundle, ckpt: str | Path | None) -> tuple[Megalodon, WeightSource]:
     """A float32 model with the checkpoint's weights when there is one, else with the bundle's own.
 
-    Raises `CheckpointError` when the checkpoint's configuration is not the bundle's.
+    Raises `CheckpointError` when the checkpoint's configuration is not the bundle's, `ConfigError` for a variant that
+    is never exported.
     """
     if ckpt is None:
         note = "weights read back from the bundle: how they came there was not checked, --ckpt does"
         return load_bundle_model(bundle), WeightSource(str(bundle.path), False, note)
     checkpoint = read_checkpoint(ckpt)
-    if replace(checkpoint.config, kv_dtype=bundle.config.kv_dtype) != bundle.config:
+    config = replace(checkpoint.config.released(), kv_dtype=bundle.config.kv_dtype)  # as export does
+    if config != bundle.config:
         raise CheckpointError(
             f"{ckpt}: its configuration is not that of {bundle.path} "
-            f"({_difference(checkpoint.config.to_dict(), bundle.config.to_dict())}); name the checkpoint it was made of"
+            f"({_difference(config.to_dict(), bundle.config.to_dict())}); name the checkpoint it was made of"
         )
     model = build_model(replace(checkpoint, config=bundle.config))
     _round_weights(model, bundle)

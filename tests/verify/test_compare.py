@@ -104,9 +104,9 @@ def test_last_logits_are_compared_with_the_last_of_the_reference() -> None:
 
 def test_the_worst_element_is_named_with_its_token() -> None:
     found = right_outputs()
-    found["new_key.1"][1, 0, 1, 3] += 0.25
+    found["new_key.1"][1, 0, 0, 3] += 0.25
     (miss,) = misses(found)
-    assert (miss.tensor, miss.kind, miss.index, miss.position) == ("new_key.1", "key", (1, 0, 1, 3), 1)
+    assert (miss.tensor, miss.kind, miss.index, miss.position) == ("new_key.1", "key", (1, 0, 0, 3), 0)
     assert miss.missed_rows == (1,)
     assert miss.absolute_error == pytest.approx(0.25, rel=1e-6)
     scale = np.abs(right_outputs()["new_key.1"][1]).max()
@@ -114,11 +114,34 @@ def test_the_worst_element_is_named_with_its_token() -> None:
     assert "new_key.1" in miss.describe()
 
 
+@pytest.mark.parametrize(("row", "token", "position"), [(0, 0, 3), (0, 1, 4), (1, 0, 0), (1, 1, 1)])
+def test_logits_are_named_with_their_token(row: int, token: int, position: int) -> None:
+    found = right_outputs()
+    found[LOGITS][row, token, 5] += 1
+    (miss,) = misses(found)
+    assert (miss.index, miss.position) == ((row, token, 5), position)
+    found[LOGITS] = found[LOGITS][:, -1:]
+    last = misses(found, logits="last")
+    assert [(miss.index, miss.position) for miss in last] == ([((row, 0, 5), position)] if token == 1 else [])
+
+
+@pytest.mark.parametrize(("share", "hint"), [(1.0, "head 0 holds what head 1 should"), (0.4, "")])
+def test_swapped_heads_are_told_from_others(share: float, hint: str) -> None:
+    """Each head's own part aside, which `share` leaves of the other head's rows."""
+    found = right_outputs()
+    right, unrelated = found["new_value.0"], np.random.default_rng(1).standard_normal(found["new_value.0"].shape)
+    found["new_value.0"] = (share * right[:, ::-1] + (1 - share) * unrelated).astype(np.float32)
+    (miss,) = misses(found)
+    assert miss.hint.endswith(hint)
+    assert bool(miss.hint) == bool(hint)
+
+
 def test_small_errors_everywhere_are_a_miss() -> None:
     found = right_outputs()
     found[LOGITS][1] += 1.5e-5 * np.abs(found[LOGITS][1]).max()
     (miss,) = misses(found)
     assert miss.error < miss.tolerance < miss.relative_error
+    assert miss.share == pytest.approx(miss.relative_error / miss.tolerance)
     assert (miss.tensor, miss.missed_rows) == (LOGITS, (1,))
 
 

@@ -6,19 +6,21 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import small_config
+import torch
+from helpers import assert_close, small_config
 from verify import graph_faults as faults
 from verify.conftest import Verify
 from verify.graph_faults import Fault, change_weight, spoil
 
 from megalodon_deploy.bundle import Bundle, Precision
-from megalodon_deploy.errors import CheckpointError
+from megalodon_deploy.errors import CheckpointError, ConfigError
 from megalodon_deploy.export import export_checkpoint
 from megalodon_deploy.model.checkpoint import save_checkpoint
 from megalodon_deploy.model.megalodon import Megalodon
 from megalodon_deploy.verify import verify_bundle
 from megalodon_deploy.verify.report import VerifyReport
 from megalodon_deploy.verify.tolerance import tolerances
+from megalodon_deploy.verify.weights import load_reference
 
 
 def test_a_right_bundle_passes(report: VerifyReport) -> None:
@@ -75,10 +77,24 @@ def test_another_checkpoint_is_refused_or_missed(bundle: Bundle, model: Megalodo
     save_checkpoint(other, tmp_path / "shape")
     with pytest.raises(CheckpointError, match="cema_ndim is 5, the bundle has 4"):
         verify_bundle(bundle, ckpt=tmp_path / "shape")
+    save_checkpoint(Megalodon(small_config(vocab_size=256, ema="none")), tmp_path / "variant")
+    with pytest.raises(ConfigError, match="ema = 'none' is not the released model"):
+        verify_bundle(bundle, ckpt=tmp_path / "variant")
     save_checkpoint(Megalodon(model.config), tmp_path / "values")
     report = verify_bundle(bundle, ckpt=tmp_path / "values")
     assert not report.passed
     assert "not the file" in report.reference["note"]
+
+
+def test_a_real_moving_average_is_the_same_model_in_the_bundle(tmp_path: Path) -> None:
+    model = Megalodon(small_config(vocab_size=256, ema="real"))
+    save_checkpoint(model, tmp_path / "checkpoint")
+    bundle = export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle")
+    tokens = torch.arange(30)[None]
+    with torch.inference_mode():
+        expected, _ = model(tokens)
+        for reference in (load_reference(bundle, tmp_path / "checkpoint")[0], load_reference(bundle, None)[0]):
+            assert_close(reference(tokens)[0].numpy(), expected.numpy(), 1e-5)
 
 
 @pytest.mark.parametrize(

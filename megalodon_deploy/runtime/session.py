@@ -44,8 +44,9 @@ def open_session(
     ("float32", "float16", "bfloat16"; None: the bundle's precision) is for the torch backend. `native` is for
     onnxruntime on the CPU: ComplexEMA and TimestepNorm as compiled operators (True), as the function bodies in the
     graph (False), or compiled where the library was built and MEGALODON_KERNELS is not "reference" (None).
-    `share_weights` is for onnxruntime on the CPU and matrices in float32: weights stay in the mapped file, where all
-    processes share them and nothing is copied when the bundle opens; prompts are read more slowly.
+    `share_weights` is for onnxruntime on the CPU: matrices are mapped from a file in the user's cache, as they are
+    multiplied, so that all processes share them and opening takes less time. The first opening writes the file, which
+    takes up to twice the disk of the bundle's weights.
     `stream`: a CUDA stream of PyCUDA, CuPy, PyTorch or cuda.core, or its handle, on which TensorRT and ONNX Runtime on
     CUDA then work; its context is the current one, and its owner keeps it alive.
     Raises `UserError` for an unknown value, `EngineError` for a backend that cannot run this bundle on this machine,

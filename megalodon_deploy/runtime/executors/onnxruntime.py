@@ -16,11 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megalodon_deploy.bundle import MODEL_FILE
 from megalodon_deploy.engine.library import KERNELS_VARIABLE, OPERATORS_FILE, find_onnxruntime_operators
 from megalodon_deploy.errors import BundleError, EngineError, MissingDependencyError
+from megalodon_deploy.files import atomic_directory
 from megalodon_deploy.runtime.executors.base import HostLogits
 from megalodon_deploy.runtime.executors.host_memory import KeyValueMemory
 from megalodon_deploy.runtime.executors.huge_pages import huge_pages
+from megalodon_deploy.runtime.executors.packed_weights import (
+    check_room,
+    check_sizes,
+    has_packed_weights,
+    packed_folder,
+    packing_entries,
+)
 from megalodon_deploy.state import LOGITS, POSITION, TOKENS, StateSpec, concrete_shape, state_specs
 
 if TYPE_CHECKING:
@@ -30,6 +39,8 @@ _ACTIVATIONS: dict[str, np.dtype] = {"fp32": np.dtype(np.float32), "fp16": np.dt
 # How ONNX Runtime multiplies with quantised matrices: the accuracy level of its operator MatMulNBits.
 MATMUL_ACCURACY = "session.qdq_matmulnbits_accuracy_level"
 INT8_PRODUCTS, FLOAT_PRODUCTS = "4", "1"  # activations rounded to int8 by blocks, which is what makes it fast; float32
+# int8 by columns becomes blocks there, each with a scale to be read: of 32 by default; -1 takes the largest that fit.
+MATMUL_BLOCKS, LARGEST_BLOCKS = "session.qdq_matmulnbits_block_size", "-1"
 _QUIET = 3  # log errors only
 _ONNX_FLOAT8E4M3FN = 17  # in ONNX's TensorProto.DataType; the runtime does not import onnx
 
@@ -68,25 +79,55 @@ class OnnxRuntimeExecutor:
                 f"{bundle.path}: ONNX Runtime has no {missing} on a CPU; "
                 "use the backend torch or a TensorRT engine, or export with other types"
             )
-        if share_weights and (precision != "fp32" or bundle.manifest.weight_kinds):
-            raise EngineError(
-                f"{bundle.path}: ONNX Runtime rearranges these weights in memory of its own; share_weights is for "
-                "bundles in fp32 without quantised matrices"
-            )
         self.config = bundle.config
         self.activation = _ACTIVATIONS[precision]
         self.returns_all_logits = bundle.manifest.logits == "all"
         self.operators = _operators(bundle, native)
-        with huge_pages():
-            self.session = load_session(
-                bundle, threads, ["CPUExecutionProvider"], self.operators, keeps_mapping=share_weights
-            )
+        self._threads = threads
+        if share_weights:
+            self.session = self._open_packed(bundle)
+        else:
+            with huge_pages():
+                self.session = self._open(bundle, bundle.model_path)
         names = {spec.past for spec in state_specs(self.config)} | {TOKENS, POSITION}
         if unlike := sorted(names ^ {node.name for node in self.session.get_inputs()}):
             raise BundleError(f"{bundle.model_path}: input {unlike[0]} does not follow from its config; export again")
 
     def open_slots(self, num_slots: int) -> OnnxRuntimeMemory:
         return OnnxRuntimeMemory(self, num_slots)
+
+    def _open(self, bundle: Bundle, model: Path, *, pack_into: Path | None = None) -> Any:
+        return load_session(
+            bundle, self._threads, ["CPUExecutionProvider"], self.operators, model=model, pack_into=pack_into
+        )
+
+    def _open_packed(self, bundle: Bundle) -> Any:
+        """A session whose weights are mapped as they are multiplied, from a file that is written when there is none."""
+        version = import_onnxruntime().__version__
+        folder = packed_folder(bundle, version, self.operators)
+        if not has_packed_weights(folder):
+            check_sizes(bundle)
+            check_room(bundle, folder)
+            with atomic_directory(folder, overwrite=True) as directory:  # of two that write, the second stays
+                own = self._first_logits(self._open(bundle, bundle.model_path, pack_into=directory))
+                mapped = self._first_logits(self._open(bundle, directory / MODEL_FILE))
+                if not np.array_equal(own, mapped):
+                    raise EngineError(
+                        f"{bundle.path}: ONNX Runtime {version} computes something else from packed weights; "
+                        "leave out share_weights"
+                    )
+        return self._open(bundle, folder / MODEL_FILE)
+
+    def _first_logits(self, session: Any) -> np.ndarray:
+        """Of some tokens, which go through the kernels for one token and through those for several, [2, V]."""
+        self.session = session
+        memory = self.open_slots(1)
+        found = []
+        for start, count in ((0, 1), (1, min(7, self.config.chunk_size - 1))):
+            tokens = (start + np.arange(count))[None] % self.config.vocab_size
+            memory.run(slice(0, 1), tokens, np.array([start]))
+            found.append(memory.logits(0))
+        return np.stack(found)
 
 
 @dataclass(frozen=True)
@@ -232,28 +273,40 @@ def load_session(
     providers: Sequence[str | tuple[str, Mapping[str, str]]],
     operators: Path | None = None,
     *,
-    keeps_mapping: bool = False,
+    model: Path | None = None,
+    pack_into: Path | None = None,
 ) -> Any:
     """A bundle's graph, on the first provider that takes each node, with a library of compiled operators or without.
 
-    `keeps_mapping`: matrices are read where the file is mapped, not from a rearranged copy.
+    `model` is another file of the same graph; `pack_into` a folder to write one to, with packed weights beside it.
 
     Raises `BundleError` when the graph is refused, `EngineError` when the library is.
     """
     onnxruntime = import_onnxruntime()
+    path = model or bundle.model_path
+    options = _session_options(onnxruntime, threads, operators)
+    if pack_into is not None:
+        options.optimized_model_filepath = str(pack_into / MODEL_FILE)
+        for name, value in packing_entries().items():
+            options.add_session_config_entry(name, value)
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+    except Exception as error:  # its error classes share no other base
+        text = " ".join(str(error).split())
+        cure = "export it again" if path == bundle.model_path else "remove it"
+        raise BundleError(f"{path}: ONNX Runtime cannot load it ({text}); {cure}") from error
+
+
+def _session_options(onnxruntime: Any, threads: int | None, operators: Path | None) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _QUIET
     options.intra_op_num_threads = threads or 0
     options.add_session_config_entry(MATMUL_ACCURACY, INT8_PRODUCTS)
-    options.add_session_config_entry("session.disable_prepacking", str(int(keeps_mapping)))
+    options.add_session_config_entry(MATMUL_BLOCKS, LARGEST_BLOCKS)
     if operators is not None:
         try:
             options.register_custom_ops_library(str(operators))
         except Exception as error:  # its error classes share no other base
             text = " ".join(str(error).split())
             raise EngineError(f"{operators}: ONNX Runtime cannot load it ({text}); build it again") from error
-    try:
-        return onnxruntime.InferenceSession(str(bundle.model_path), options, providers=list(providers))
-    except Exception as error:  # its error classes share no other base
-        text = " ".join(str(error).split())
-        raise BundleError(f"{bundle.model_path}: ONNX Runtime cannot load it ({text}); export it again") from error
+    return options

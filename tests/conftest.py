@@ -16,6 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models gain nothing from a second thread, processes do
 
 _PROCESS_BYTES = 2 << 30  # what a process of the tests may need
+_MOST_PROCESSES = 8  # every one imports PyTorch, and holds a context on a GPU
 
 GOLDEN_DIR = Path(__file__).parent / "golden"
 GOLDEN_NAMES = sorted(path.parent.name for path in GOLDEN_DIR.glob("*/expected.npz"))
@@ -25,7 +26,7 @@ GOLDEN_NAMES = sorted(path.parent.name for path in GOLDEN_DIR.glob("*/expected.n
 def pytest_xdist_auto_num_workers() -> int:
     """Processes for `pytest -n auto`: one for each processor that may be used, as far as memory goes."""
     memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(usable_cpus(), memory_bytes // _PROCESS_BYTES))
+    return max(1, min(usable_cpus(), memory_bytes // _PROCESS_BYTES, _MOST_PROCESSES))
 
 
 @dataclass(frozen=True)

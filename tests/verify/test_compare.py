@@ -150,7 +150,7 @@ def test_a_small_number_in_a_large_tensor_is_held_against_the_tensor() -> None:
     found[LOGITS][0, 0, 0] += 1e-5 * np.abs(found[LOGITS][0]).max()
     assert not misses(found)
     found[LOGITS][0, 0, 0] += 3e-5 * np.abs(found[LOGITS][0]).max()
-    assert [miss.tensor for miss in misses(found)] == [LOGITS]
+    assert [(miss.tensor, miss.missed_rows) for miss in misses(found)] == [(LOGITS, (0,))]
 
 
 @pytest.mark.parametrize(("part", "kind"), [(0, "norm mean"), (2, "norm var")])

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import get_args
 
 import pytest
 from helpers import small_config
 
 from megalodon_deploy.config import MegalodonConfig
-from megalodon_deploy.verify.schedule import Call, Schedule, plan_schedules
+from megalodon_deploy.verify.schedule import (
+    Call,
+    Handover,
+    Schedule,
+    buckets,
+    plan_schedules,
+    rows_in_use,
+    rows_used,
+    whole_chunk,
+)
 
 CHUNKS = [1, 2, 3, 5, 12, 64, 2048]
 
@@ -50,6 +60,30 @@ def test_the_batch_has_rows_apart_and_resets_one(chunk: int) -> None:
     row = [call.positions[2] for call in schedule.calls]
     assert row[0] > chunk
     assert 0 in row
+
+
+@pytest.mark.parametrize("chunk", [5, 12, 64, 2048])
+def test_memory_is_what_callers_hold(chunk: int) -> None:
+    assert [buckets(used, 64) for used in (0, 15, 16, 60)] == [16, 16, 32, 64]
+    schedules = plan(chunk)
+    rules = {"prefill": rows_used, "splits": rows_used, "batch": whole_chunk, "steps": buckets, "deep": buckets}
+    for name, rule in rules.items():
+        for call in schedules[name].calls:
+            assert call.capacity == rule(rows_in_use(call.positions, chunk), chunk), name
+
+
+@pytest.mark.parametrize("chunk", [5, 12, 64, 2048])
+@pytest.mark.parametrize("handover", get_args(Handover)[1:])
+def test_streams_are_handed_over_at_an_edge_off_it_and_before_they_start_over(chunk: int, handover: Handover) -> None:
+    schedule = plan(chunk)[handover]
+    assert schedule.is_for_streams
+    calls = [call for call in schedule.calls if call.handover != "carried"]
+    assert [call.handover for call in calls] == [handover] * 2
+    positions = [position for call in calls for position in call.positions]
+    assert 0 in positions
+    assert any(position and position % chunk == 0 for position in positions)
+    assert any(position % chunk for position in positions)
+    assert not plan(chunk)["batch"].is_for_streams
 
 
 def test_fed_tokens_count_from_the_start_or_the_reset() -> None:

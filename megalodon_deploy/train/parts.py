@@ -8,9 +8,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch import distributed as dist
+
+from megalodon_deploy.errors import TrainError
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.api import CheckpointException
 
 
 def staged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -26,13 +32,17 @@ def staged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def save_parts(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
     """Write this rank's parts as one file of `folder`; all ranks of a group on CPUs call it, and then all is written.
 
-    What several ranks hold is written by one of them.
+    What several ranks hold is written by one of them. Raises `TrainError` on all ranks when one cannot write.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    save(dict(tensors), storage_writer=writer, process_group=group)
+    try:
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        save(dict(tensors), storage_writer=writer, process_group=group)
+    except CheckpointException as error:  # which is no Exception
+        raise TrainError(f"{folder}: the checkpoint cannot be written ({_first_line(error)})") from error
 
 
 def load_parts(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -48,6 +58,10 @@ def load_parts(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         warnings.simplefilter("ignore")  # that no other rank takes part
         try:
             load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
-        except CheckpointException as error:  # which is no Exception
-            first = next(iter(error.failures.values()))[0]
-            raise ValueError(str(first).splitlines()[0]) from first
+        except CheckpointException as error:
+            raise ValueError(_first_line(error)) from error
+
+
+def _first_line(error: CheckpointException) -> str:
+    failure, _ = next(iter(error.failures.values()))
+    return (str(failure).strip() or type(failure).__name__).splitlines()[0]

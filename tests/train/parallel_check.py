@@ -25,7 +25,8 @@ from megalodon_deploy.model.packing import group_by_length
 from megalodon_deploy.train.config import RunConfig
 from megalodon_deploy.train.objective import MicroBatch, Objective
 from megalodon_deploy.train.parallel.dtensors import whole
-from megalodon_deploy.train.parallel.plan import Distributed, Layout
+from megalodon_deploy.train.parallel.layout import Layout
+from megalodon_deploy.train.parallel.plan import Distributed
 from megalodon_deploy.train.parallel.traffic import chunk_bytes, replica_bytes, shard_bytes
 from megalodon_deploy.train.plan import OneProcess, Plan, join_rows
 from megalodon_deploy.train.trainer import prepare_blocks

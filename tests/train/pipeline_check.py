@@ -19,8 +19,8 @@ from megalodon_deploy.model.megalodon import Megalodon, ModelState
 from megalodon_deploy.train.config import RunConfig
 from megalodon_deploy.train.objective import MicroBatch, Objective
 from megalodon_deploy.train.parallel.dtensors import whole
+from megalodon_deploy.train.parallel.layout import Layout
 from megalodon_deploy.train.parallel.pipeline import Pipelined
-from megalodon_deploy.train.parallel.plan import Layout
 from megalodon_deploy.train.parallel.traffic import pipeline_bytes
 from megalodon_deploy.train.plan import OneProcess, Plan, Snapshot
 from megalodon_deploy.train.trainer import prepare_blocks

@@ -13,7 +13,7 @@ from train.training_helpers import weights
 
 from megalodon_deploy.errors import TrainError
 from megalodon_deploy.train import train
-from megalodon_deploy.train.parallel.plan import Layout
+from megalodon_deploy.train.parallel.layout import Layout
 
 TWO = ["data", "data accumulated", "chunk", "chunk accumulated", "chunk recomputed", "chunk compiled", "chunk bfloat16"]
 TWO += ["chunk real", "chunk none", "chunk layer", "chunk without memory"]

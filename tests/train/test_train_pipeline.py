@@ -13,8 +13,8 @@ from train.parallel_helpers import assert_same_run, launch, parallel_run, run_cl
 from megalodon_deploy.errors import TrainError
 from megalodon_deploy.train import train
 from megalodon_deploy.train.checkpoints import RunFolder
+from megalodon_deploy.train.parallel.layout import Layout
 from megalodon_deploy.train.parallel.pipeline import own_layers
-from megalodon_deploy.train.parallel.plan import Layout
 
 
 def test_gradients_over_stages_are_those_of_one_process(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from torch import distributed as dist
 from train.parallel_helpers import losses, parallel_run, run_cli, save
 from train.training_helpers import moved, weights
 
@@ -21,6 +22,7 @@ from megalodon_deploy.cli import cli
 from megalodon_deploy.errors import TrainError
 from megalodon_deploy.train import TrainConfig, train
 from megalodon_deploy.train.checkpoints import RunFolder
+from megalodon_deploy.train.parts import save_parts
 
 OFTEN = {"checkpoint__every_steps": 3, "log__sample_tokens": 3, "run__micro_batch_size": 1}
 
@@ -82,6 +84,28 @@ def test_damaged_parts_are_named(runs: tuple[TrainConfig, TrainConfig], tmp_path
     found = "a file is missing" if damage == "absent" else "damaged or truncated"
     with pytest.raises(TrainError, match=rf"step-00000006: damaged .*{found}.* remove it") as caught:
         train(config, resume=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_stage_reads_its_own_tensors(runs: tuple[TrainConfig, TrainConfig]) -> None:
+    _, together = runs
+    name, expected = "layers.1.mega.wv.weight", weights(together.run.out)["layers.1.mega.wv.weight"]
+    found, moment = torch.zeros_like(expected), torch.zeros_like(expected)
+    RunFolder(together.run.out, keep=2).read_tensors(6, {name: found}, {f"exp_avg_sq.{name}": moment})
+    assert torch.equal(found, expected)
+    assert (moment > 0).all()
+
+
+def test_parts_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(
+            TrainError, match=r"file/weights: the checkpoint cannot be written \(.*Not a directory"
+        ) as caught:
+            save_parts(tmp_path / "file" / "weights", {"weight": torch.zeros(3)}, dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
     assert "\n" not in str(caught.value)
 
 

@@ -15,8 +15,7 @@ from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.errors import TrainError
 from megalodon_deploy.train import train
 from megalodon_deploy.train.checkpoints import RunFolder
-from megalodon_deploy.train.parallel.plan import Layout
-from megalodon_deploy.train.parallel.tensor import supported_ways
+from megalodon_deploy.train.parallel.layout import Layout, supported_ways
 
 
 def test_tensor_parallel_gradients_are_those_of_one_process(tmp_path: Path) -> None:

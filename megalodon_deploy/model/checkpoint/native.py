@@ -55,6 +55,10 @@ def read_native(path: Path) -> Checkpoint:
         )
     else:
         files, tensors = open_parts(_part_paths(config_path, document["parts"]), shapes)
+        for file in files:
+            check_tensors(
+                file.path, file.entries, {name: file.entries[name].shape for name in file.entries.keys() & shapes}
+            )
     tokenizer = _tokenizer(config_path, document.get("tokenizer"))
     return Checkpoint(path, "native", config, tokenizer, tuple(files), tensors)
 

@@ -20,7 +20,7 @@ import torch
 from megalodon_deploy.errors import CheckpointError
 from megalodon_deploy.model.checkpoint.tensor_file import TensorFile, open_tensor_file
 from megalodon_deploy.model.checkpoint.types import LazyTensor
-from megalodon_deploy.model.checkpoint.validate import Shape, check_tensors, read_checked
+from megalodon_deploy.model.checkpoint.validate import Shape, read_checked
 
 _PLACES, _OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
 
@@ -37,18 +37,17 @@ class _Part:
 
 
 def open_parts(paths: Sequence[Path], expected: Mapping[str, Shape]) -> tuple[list[TensorFile], dict[str, LazyTensor]]:
-    """The files, and every expected tensor as one that is joined when it is read.
+    """The files, and every expected tensor as one that is joined when it is read; the files may hold others.
 
-    Raises `CheckpointError` in one line for a file that is absent or damaged, for a tensor that is not expected, and
-    for one that the parts do not make up.
+    Raises `CheckpointError` in one line for a file that is absent or damaged, and for a tensor that the parts do not
+    make up.
     """
     files, parts = [], {name: list[_Part]() for name in expected}
     for path in paths:
         file = open_tensor_file(path)
         places = _places(file)
-        known = {name: entry.shape for name, entry in file.entries.items() if name in expected}
-        check_tensors(path, file.entries, known)
-        for name, shape in known.items():
+        for name in file.entries.keys() & expected.keys():
+            shape = file.entries[name].shape
             parts[name].append(_Part(file, _begin(path, places, name, shape, expected[name]), shape))
         files.append(file)
     return files, {name: _joined(name, shape, parts[name]) for name, shape in expected.items()}

@@ -11,8 +11,7 @@ from torch import distributed as dist
 
 from megalodon_deploy.errors import TrainError
 from megalodon_deploy.train.config import TrainConfig
-from megalodon_deploy.train.parallel.pipeline import Pipelined
-from megalodon_deploy.train.parallel.plan import Distributed, Layout
+from megalodon_deploy.train.parallel.layout import Layout
 from megalodon_deploy.train.plan import OneProcess, Plan
 
 
@@ -27,6 +26,10 @@ def open_plan(config: TrainConfig, device: torch.device) -> Iterator[Plan]:
     if world_size == 1:
         yield OneProcess(device)
         return
+    # DTensors take half a second to import.
+    from megalodon_deploy.train.parallel.pipeline import Pipelined
+    from megalodon_deploy.train.parallel.plan import Distributed
+
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)

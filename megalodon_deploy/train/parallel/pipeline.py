@@ -23,7 +23,8 @@ from torch.optim import Optimizer
 from megalodon_deploy.model.megalodon import Megalodon, ModelState
 from megalodon_deploy.train.objective import MicroBatch, Objective
 from megalodon_deploy.train.parallel.dtensors import scale_gradients, squared_norm
-from megalodon_deploy.train.parallel.plan import PIPELINE, Distributed, Layout
+from megalodon_deploy.train.parallel.layout import PIPELINE, Layout
+from megalodon_deploy.train.parallel.plan import Distributed
 from megalodon_deploy.train.plan import Snapshot
 
 _MEASURED_PER_STAGE = 2  # micro-batches of an evaluation at a time: their streams stay in memory

@@ -15,7 +15,6 @@ Shapes: B rows, T tokens, D channels, H heads, d a head's key width, e its value
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import torch
@@ -49,12 +48,6 @@ class OwnHeads(ParallelStyle):
 
         module.register_forward_hook(hook)
         return module
-
-
-def supported_ways(config: MegalodonConfig) -> list[int]:
-    """The values of W that cut heads, values and feed-forward channels evenly."""
-    heads, widths = config.num_heads, math.gcd(config.value_dim, config.ffn_hidden_dim)
-    return [ways for ways in range(1, widths + 1) if widths % ways == 0 and (heads % ways == 0 or ways % heads == 0)]
 
 
 def parallelize(model: Megalodon, mesh: DeviceMesh) -> None:

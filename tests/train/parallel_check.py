@@ -42,6 +42,7 @@ class Case:
     """A way of training; `tolerance` is relative, of float32 unless `dtype` says otherwise."""
 
     chunk: int = 1
+    tensor: int = 1  # its bytes are counted in tensor_parallel_check
     shard: bool = False
     documents: bool = False
     micro: int = 1  # micro-batches of a rank's rows
@@ -79,6 +80,10 @@ CASES = {
     "shard documents": Case(shard=True, documents=True, recompute=True, **EXACT),
     "shard chunk": Case(shard=True, chunk=2),
     "shard chunk exact": Case(shard=True, chunk=2, recompute=True, **EXACT),
+    "tensor recomputed": Case(tensor=2, chunk=2, recompute=True, micro=2, **EXACT),
+    "tensor compiled": Case(tensor=2, compile=True, recompute=True),
+    "tensor bfloat16": Case(tensor=2, bfloat16=True, recompute=True, tolerance=2e-2),
+    "tensor documents": Case(tensor=2, documents=True, **EXACT),
     "four chunks": Case(chunk=4, **EXACT),
     "four chunks recomputed": Case(chunk=4, recompute=True),
 }
@@ -148,7 +153,8 @@ def errors(case: Case) -> dict[str, float]:
     torch.manual_seed(1)
     tokens = torch.randint(0, 40, (BATCH, 2 * 24 * case.chunk + 1))
     expected = two_calls(case, OneProcess(device), tokens)
-    plan = Distributed(Layout(world_size // case.chunk, case.chunk, shard=case.shard), device)
+    layout = Layout(world_size // (case.chunk * case.tensor), case.chunk, case.tensor, shard=case.shard)
+    plan = Distributed(layout, device)
     found = two_calls(case, plan, tokens, case.micro)
     assert found.grads.keys() == expected.grads.keys()
     rows = plan.rows(BATCH)
@@ -161,6 +167,8 @@ def errors(case: Case) -> dict[str, float]:
         "state": state_error(found.state, expected.state, rows),
     }
     scaled = {name: error / case.tolerance for name, error in found_errors.items()}
+    if case.tensor > 1:
+        return {**scaled, "bytes": 0}
     claimed = 0 if case.compile else 2 * claimed_bytes(case, rows.stop - rows.start)
     return {**scaled, "bytes": abs(received - claimed)}
 

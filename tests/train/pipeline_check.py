@@ -38,6 +38,7 @@ class Case:
     num_parts: int = 4  # micro-batches of a rank
     documents: bool = False
     recompute: bool = False
+    bfloat16: bool = False
     dtype: torch.dtype = torch.float64
     model: dict[str, Any] = field(default_factory=dict)
 
@@ -46,7 +47,7 @@ CASES = {
     "two by two": Case(data=2, num_parts=2),
     "four": Case(),
     "four, float32": Case(dtype=torch.float32),
-    "four, few parts": Case(num_parts=2),
+    "four, few parts, bfloat16 beside float32": Case(num_parts=2, bfloat16=True, dtype=torch.float32),
     "four, recomputed documents": Case(documents=True, recompute=True),
     "four, tied": Case(model={"share_emb": True, "scale_emb": True}),
     "two, with tensor, tied": Case(tensor=2, model={"share_emb": True, "swiglu": True}),
@@ -68,7 +69,7 @@ def two_steps(case: Case, plan: Plan, tokens: Tensor) -> Outcome:
     torch.manual_seed(0)
     model = Megalodon(small_config(vocab_size=VOCABULARY, num_layers=5, **case.model)).to(case.dtype)
     prepare_blocks(model, RunConfig(out=Path(), steps=1, checkpoint_activations=case.recompute), plan)
-    objective = plan.prepare(Objective(model, 1000))
+    objective = plan.prepare(Objective(model, 1000, autocasts=case.bfloat16))
     optimizer = torch.optim.AdamW([{"params": group} for group in plan.parameter_groups(objective)], lr=1e-2)
     rows = plan.rows(BATCH)
     size = (rows.stop - rows.start) // case.num_parts

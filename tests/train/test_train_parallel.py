@@ -27,6 +27,7 @@ TWO += [
     "shard documents",
 ]
 FOUR = ["chunk", "four chunks", "four chunks recomputed", "shard exact", "shard chunk", "shard chunk exact"]
+FOUR += ["tensor recomputed", "tensor compiled", "tensor bfloat16", "tensor documents"]
 
 
 @pytest.mark.parametrize(("num_processes", "cases"), [(2, TWO), (4, FOUR)], ids=["2", "4"])

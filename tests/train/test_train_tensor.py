@@ -23,7 +23,7 @@ def test_tensor_parallel_gradients_are_those_of_one_process(tmp_path: Path) -> N
     done = launch(4, str(Path(__file__).with_name("tensor_parallel_check.py")), str(report))
     assert done.returncode == 0, done.stderr
     errors: dict[str, dict[str, float]] = json.loads(report.read_text())
-    assert len(errors) == 14
+    assert len(errors) == 10
     for case, found in errors.items():
         assert set(found) == {"loss", "evaluation", "gradient", "state", "bytes"}
         for name, error in found.items():

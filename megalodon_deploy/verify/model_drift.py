@@ -37,7 +37,7 @@ class ModelDrift:
 
     model: str
     curves: tuple[Curve, ...]
-    resident_bytes: tuple[tuple[int, int], ...]  # (position, bytes)
+    resident_bytes: tuple[tuple[int, int], ...]  # (position, bytes); empty where the system does not say
 
 
 def model_drift(bundle: Bundle, total: int, tick: Tick, seed: int = 0) -> ModelDrift:
@@ -52,7 +52,7 @@ def model_drift(bundle: Bundle, total: int, tick: Tick, seed: int = 0) -> ModelD
             streams.feed(drifting_tokens(position, num_tokens, total, small.config.vocab_size, seed))
             if position + num_tokens in places:
                 streams.note()
-                memory.append((position + num_tokens, _resident_bytes()))
+                memory += [(position + num_tokens, size) for size in _resident_bytes()]
     curves = [Curve(*name, tuple(places), tuple(errors)) for name, errors in streams.errors.items()]
     return ModelDrift(what, tuple(curves), tuple(memory))
 
@@ -150,6 +150,7 @@ def _norm_error(config: MegalodonConfig, found: Mapping[str, np.ndarray], exact:
     return float(np.max(worst))  # NaN if one is
 
 
-def _resident_bytes() -> int:
+def _resident_bytes() -> list[int]:
+    """One number, or none where the system does not say."""
     statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+    return [int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")] if statm.exists() else []

@@ -64,8 +64,7 @@ class VerifyReport:
         if self.quality is not None and not self.quality.passed:
             failures.append(self.quality.describe())
         if self.long_stream is not None:
-            missed = [check for check in self.long_stream.checks if not check.passed]
-            failures += [f"long stream: {it.what}: {it.value:.2g}, limit {it.limit:.2g}" for it in missed]
+            failures += [check.describe() for check in self.long_stream.checks if not check.passed]
         return failures
 
     @functools.cached_property
@@ -112,8 +111,19 @@ class VerifyReport:
         count = self.verdict() if self.passed else f"{len(self.misses)} of {len(self.findings)} comparisons missed"
         quality = [f"quality: {self.quality.describe()}"] if self.quality else []
         text = [f"text: {agreement.describe()}" for agreement in self.text]
+        long_stream = [check.describe() for check in self.long_stream.checks] if self.long_stream else []
         bisected = [f"bisection: {self.bisection.describe()}"] if self.bisection is not None else []
-        return [reference, *note, *quality, *text, *not_run, *looks_like, *bisected, f"{count}, {self.seconds:.1f} s"]
+        return [
+            reference,
+            *note,
+            *quality,
+            *text,
+            *long_stream,
+            *not_run,
+            *looks_like,
+            *bisected,
+            f"{count}, {self.seconds:.1f} s",
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything above as JSON values; `comparisons` holds the worst tensor of each kind for every call."""

@@ -102,9 +102,10 @@ def run_verification(bundle: Bundle, options: VerifyOptions, progress: Progress 
     )
     if options.bisect:
         report = _bisected(bundle, options, report)
-    streamed = _part(progress, _COMPARED, 1.0)
-    long_stream = None if options.tokens is None else run_long_stream(bundle, options.tokens, streamed)
-    return replace(report, long_stream=long_stream, seconds=time.perf_counter() - begin)
+    if options.tokens is not None:
+        long_stream = run_long_stream(bundle, options.tokens, _part(progress, _COMPARED, 1.0))
+        report = replace(report, long_stream=long_stream, not_run=(*report.not_run, *long_stream.not_run))
+    return replace(report, seconds=time.perf_counter() - begin)
 
 
 def _compute_references(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from verify.conftest import LONG_STREAM_TOKENS as TOKENS
 from megalodon_deploy.bundle import Bundle
 from megalodon_deploy.errors import UserError
 from megalodon_deploy.verify import model_drift as model_drift_module
-from megalodon_deploy.verify import parse_count
+from megalodon_deploy.verify import parse_count, verify_bundle
 from megalodon_deploy.verify.long_stream import LongStream
 from megalodon_deploy.verify.operator_drift import CALL_TOKENS, ExactMoments, StepwiseMoments, norm_drift
 from megalodon_deploy.verify.report import VerifyReport
@@ -56,6 +57,28 @@ def test_a_broken_promise_fails_the_report(report: VerifyReport, long_stream: Lo
     failed = dataclasses.replace(report, long_stream=grown)
     assert not failed.passed
     assert "memory grown" in failed.verdict()
+    assert any("memory grown, MiB: 1e+03, limit 64" in line for line in failed.notes())
+
+
+def test_memory_that_the_system_does_not_tell_is_not_taken_for_flat(long_stream: LongStream) -> None:
+    assert "memory grown, MiB" in {check.what for check in long_stream.checks}
+    assert long_stream.not_run == ()
+    unknown = dataclasses.replace(long_stream, resident_bytes=())
+    assert "memory grown, MiB" not in {check.what for check in unknown.checks}
+    assert [item.what for item in unknown.not_run] == ["memory over the long stream"]
+
+
+def test_a_long_stream_is_a_part_of_the_report(bundle: Bundle, checkpoint: Path, text: Path) -> None:
+    stages: list[tuple[str, float]] = []
+    report = verify_bundle(
+        bundle, ckpt=checkpoint, text=text, tokens=2000, progress=lambda *stage: stages.append(stage)
+    )
+    assert report.passed, report.verdict()
+    assert report.long_stream is not None
+    assert report.long_stream.tokens == 2000
+    assert len([line for line in report.notes() if line.startswith("long stream: ")]) == 4
+    assert [fraction for _, fraction in stages] == sorted(fraction for _, fraction in stages)
+    assert "2,000 tokens, small model" in stages[-1][0]
 
 
 def test_the_moments_are_those_of_all_tokens() -> None:

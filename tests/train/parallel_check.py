@@ -42,7 +42,7 @@ class Case:
     """A way of training; `tolerance` is relative, of float32 unless `dtype` says otherwise."""
 
     chunk: int = 1
-    tensor: int = 1  # its bytes are counted in tensor_parallel_check
+    tensor: int = 1  # its bytes are counted in tensor_cases
     shard: bool = False
     documents: bool = False
     micro: int = 1  # micro-batches of a rank's rows

@@ -1,6 +1,6 @@
 """Take each barrier, mask and bound check out of the kernels in turn and see that an emulation check notices.
 
-    python plugins/tests/mutate.py [--sample N] [--only TEXT] [--jobs N] [--report FILE] [--list]
+    python plugins/tests/mutate.py [--sample N] [--only TEXT] [--plain] [--jobs N] [--report FILE] [--list]
 
 A mutant is killed when a check of its operator (`tests/plugins/test_emulated_*.py`) fails, when the process dies or
 when it runs far longer than it should; it is untouched when its removal makes no difference in any check. The kernels
@@ -204,6 +204,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", type=int, help="only so many, the same ones each time")
     parser.add_argument("--only", default="", help="only those whose key contains this text")
+    parser.add_argument("--plain", action="store_true", help="without the sanitizers: sooner, and more survive")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--report", type=Path, help="write the table there as well")
     parser.add_argument("--list", action="store_true", help="print the mutants and stop")
@@ -219,7 +220,7 @@ def main() -> int:
         print("a C++ compiler is needed: apt-get install g++", file=sys.stderr)
         return 2
     allowed = allowed_survivors()
-    all_stages = stages(everything, compile_soon=options.sample is not None)
+    all_stages = stages(everything, compile_soon=options.sample is not None)[: 1 if options.plain else None]
     outcomes = run(all_stages, chosen, options.jobs, allowed)
     text = table(outcomes, allowed)
     if options.report:

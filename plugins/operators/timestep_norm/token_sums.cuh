@@ -30,8 +30,8 @@ struct PartialMoments {
     float count, mean, spread;
 };
 
+/// One of the two may be empty.
 __device__ inline PartialMoments join(const PartialMoments& a, const PartialMoments& b) {
-    if (b.count == 0.0f) return a;
     const float count = a.count + b.count, delta = b.mean - a.mean, share = b.count / count;
     return {count, fmaf(delta, share, a.mean), a.spread + b.spread + delta * delta * a.count * share};
 }

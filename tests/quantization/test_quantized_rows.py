@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -24,6 +25,7 @@ from megalodon_deploy.model.quantized_rows import dequantize_rows, quantize_rows
 from megalodon_deploy.runtime.executors.host_memory import KeyValueMemory
 from megalodon_deploy.state import state_bytes, state_specs
 from megalodon_deploy.verify import verify_bundle
+from megalodon_deploy.verify.tolerance import CODE_STEP, CONDITIONING
 
 KINDS: list[KeyValueType] = ["fp8", "int8"]
 CODES = {"fp8": np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn), "int8": np.arange(-127, 128)}
@@ -139,7 +141,10 @@ def test_streams_agree_and_resume_on_the_other_backend(tmp_path: Path, kind: Key
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stream_goes_on_in_an_export_with_other_rows(tmp_path: Path, kind: KeyValueType) -> None:
-    """Its kept rows are converted: the logits stay within what rounding the rows of the new tokens changes."""
+    """Its kept rows are converted: the logits stay within what rounding the rows of the new tokens changes.
+
+    Rounding errs by step / sqrt(12) in the root mean square, and only 4 of the chunk's 9 rows are new.
+    """
     quantised = export_seeded(tmp_path / "a", small_config(), kv_dtype=kind)
     plain = export_seeded(tmp_path / "b", small_config())
     tokens = np.random.default_rng(0).integers(0, 50, 33).tolist()
@@ -147,7 +152,8 @@ def test_a_stream_goes_on_in_an_export_with_other_rows(tmp_path: Path, kind: Key
     stream.prefill(tokens[:29])
     stream.save(tmp_path / "stream")
     resumed = plain.session(threads=1).stream(resume=tmp_path / "stream")
-    assert_close(resumed.prefill(tokens[29:]), stream.prefill(tokens[29:]), 0.05)
+    allowed = CONDITIONING * CODE_STEP[kind] / math.sqrt(12) * math.sqrt(4 / 9)
+    assert_close(resumed.prefill(tokens[29:]), stream.prefill(tokens[29:]), allowed)
 
 
 @pytest.mark.parametrize("kind", KINDS)

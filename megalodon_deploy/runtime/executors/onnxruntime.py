@@ -39,8 +39,6 @@ _ACTIVATIONS: dict[str, np.dtype] = {"fp32": np.dtype(np.float32), "fp16": np.dt
 # How ONNX Runtime multiplies with quantised matrices: the accuracy level of its operator MatMulNBits.
 MATMUL_ACCURACY = "session.qdq_matmulnbits_accuracy_level"
 INT8_PRODUCTS, FLOAT_PRODUCTS = "4", "1"  # activations rounded to int8 by blocks, which is what makes it fast; float32
-# int8 by columns becomes blocks there, each with a scale to be read: of 32 by default; -1 takes the largest that fit.
-MATMUL_BLOCKS, LARGEST_BLOCKS = "session.qdq_matmulnbits_block_size", "-1"
 _QUIET = 3  # log errors only
 _ONNX_FLOAT8E4M3FN = 17  # in ONNX's TensorProto.DataType; the runtime does not import onnx
 
@@ -302,7 +300,6 @@ def _session_options(onnxruntime: Any, threads: int | None, operators: Path | No
     options.log_severity_level = _QUIET
     options.intra_op_num_threads = threads or 0
     options.add_session_config_entry(MATMUL_ACCURACY, INT8_PRODUCTS)
-    options.add_session_config_entry(MATMUL_BLOCKS, LARGEST_BLOCKS)
     if operators is not None:
         try:
             options.register_custom_ops_library(str(operators))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -24,6 +25,7 @@ from megalodon_deploy.errors import StateError
 from megalodon_deploy.export import export_checkpoint
 from megalodon_deploy.model.checkpoint import save_checkpoint
 from megalodon_deploy.runtime.session import Session
+from megalodon_deploy.verify.tolerance import CODE_STEP, CONDITIONING, tolerances
 
 MakeBundle = Callable[..., Bundle]
 EXPORTS: dict[str, dict[str, str]] = {
@@ -34,7 +36,14 @@ EXPORTS: dict[str, dict[str, str]] = {
     "all logits": {"logits": "all"},
 }
 # A stream that came from one export, against the target's own: the coarser of both types of rows sets the error.
-TOLERANCES = {"fp32": 1e-5, "all logits": 1e-5, "fp16": 2e-2, "fp8 rows": 0.15, "int8 rows": 3e-2}
+# Rounding rows to codes errs by step / sqrt(12) in the root mean square.
+TOLERANCES = {
+    "fp32": 1e-5,
+    "all logits": 1e-5,
+    "fp16": tolerances(SHORT_CHUNKS, "fp16")["logits"],
+    "fp8 rows": CONDITIONING * CODE_STEP["fp8"] / math.sqrt(12),
+    "int8 rows": CONDITIONING * CODE_STEP["int8"] / math.sqrt(12),
+}
 
 
 def on(bundle: Bundle, backend: str) -> Session:

@@ -31,6 +31,14 @@ def test_a_right_bundle_passes(report: VerifyReport) -> None:
     assert report.reference["checks_mapping"]
     assert report.reference["note"] == ""
     assert {finding.schedule for finding in report.findings} == {schedule.name for schedule in report.schedules}
+    assert_tolerances_say_something(report)
+
+
+def assert_tolerances_say_something(report: VerifyReport) -> None:
+    """Each candidate's worst logits use up a hundredth of their tolerance at least."""
+    worst = {finding.candidate: finding.share for finding in report.worst if finding.kind == "logits"}
+    assert set(worst) == set(report.candidates)
+    assert min(worst.values()) > 0.01, worst
 
 
 def test_the_report_is_json_and_a_table(report: VerifyReport, bundle: Bundle) -> None:
@@ -112,6 +120,7 @@ def test_half_precision(
     assert report.passed, report.verdict()
     assert set(report.candidates) == candidates == {finding.candidate for finding in report.findings}
     assert {item.what for item in report.not_run} == not_run
+    assert_tolerances_say_something(report)
     for finding in report.findings:
         if finding.kind == "logits":
             is_sharp = finding.tolerance == tolerances(bundle.config, "fp32")["logits"]

@@ -140,7 +140,9 @@ class ParallelConfig(Section):
     chunk: int = setting("processes that each hold a part of every sequence, cut at chunk edges", 1, least=1)
     pipeline: int = setting("processes that each hold some of the layers; micro-batches go through them", 1, least=1)
     tensor: int = setting("processes that each hold a part of every layer's wide matrices", 1, least=1)
-    shard: bool = setting("share out weights, gradients and moments over all processes (FSDP2), to save memory", False)
+    shard: bool = setting(
+        "share out weights, gradients and moments over processes that would have the same (FSDP2)", False
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ TWO += [
     "shard real",
     "shard documents",
 ]
-FOUR = ["chunk", "four chunks", "four chunks recomputed", "shard exact", "shard chunk", "shard chunk exact"]
+FOUR = ["chunk", "four chunks", "four chunks recomputed", "shard", "shard chunk", "shard tensor chunk"]
 FOUR += ["tensor recomputed", "tensor compiled", "tensor bfloat16", "tensor documents"]
 
 

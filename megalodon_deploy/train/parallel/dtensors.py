@@ -59,6 +59,6 @@ def _square(gradients: list[Tensor]) -> Tensor:
     if isinstance(first := gradients[0], DTensor):
         for axis, placement in enumerate(first.placements):
             assert not placement.is_partial(), "Bug: a gradient that is not summed"
-            if placement.is_shard():
+            if not placement.is_replicate():
                 dist.all_reduce(square, group=first.device_mesh.get_group(axis))
     return square

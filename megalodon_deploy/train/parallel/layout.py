@@ -60,8 +60,6 @@ class Layout:
                 f"parallel.chunk = {chunk} needs data.rows = windows or streams and a run.seq_len that is a multiple "
                 f"of {segment}; found {config.data.rows}, {run.seq_len}"
             )
-        if config.parallel.shard and tensor > 1:
-            raise TrainError(f"parallel.shard = true with parallel.tensor = {tensor}: choose one of the two")
         if parallel.pipeline > 1:
             _check_pipeline(config, run.batch_size // data)
         shard, sharded = parallel.shard, config.checkpoint.sharded

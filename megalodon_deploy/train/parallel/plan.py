@@ -44,7 +44,8 @@ class Distributed(OneProcess):
         shape = (layout.pipeline, layout.data, layout.chunk, layout.tensor)
         self._mesh: DeviceMesh = init_device_mesh(device.type, shape, mesh_dim_names=(PIPELINE, DATA, CHUNK, TENSOR))
         alike = (layout.pipeline, layout.replicas, layout.tensor)
-        self._replicas = init_device_mesh(device.type, alike, mesh_dim_names=(PIPELINE, "replicas", TENSOR))["replicas"]
+        weights = init_device_mesh(device.type, alike, mesh_dim_names=(PIPELINE, "replicas", TENSOR))
+        self._replicas, self._tensor = weights["replicas"], weights[TENSOR]
         self._collects = all(self._mesh.get_local_rank(axis) == 0 for axis in (DATA, CHUNK, TENSOR))  # for checkpoints
 
     def rows(self, batch_size: int) -> slice:
@@ -55,7 +56,7 @@ class Distributed(OneProcess):
         module: nn.Module = objective if self.layout.shard else super().prepare(objective)
         self._config = objective.model.config
         if self.layout.tensor > 1:
-            parallelize(objective.model, self._mesh[TENSOR])
+            parallelize(objective.model, self._tensor)
         if self.layout.chunk > 1:
             module = self._chunks = ChunkParallel(objective, self._mesh.get_group(CHUNK))
         if self.layout.shard:

@@ -12,6 +12,7 @@ from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.parameters import ParameterSpec, parameter_specs
 
 _FLOAT32_BYTES, _FLOAT64_BYTES = 4, 8
+_CUT_MATRICES = ("wv", "wr", "wh2", "fc1", "fc2", "fc3")  # over tensor ranks: see `tensor`
 
 
 def replica_bytes(config: MegalodonConfig, world_size: int, itemsize: int = _FLOAT32_BYTES) -> float:
@@ -20,18 +21,28 @@ def replica_bytes(config: MegalodonConfig, world_size: int, itemsize: int = _FLO
     return 2 * size_bytes * (world_size - 1) / world_size
 
 
-def shard_bytes(config: MegalodonConfig, world_size: int, itemsize: int = _FLOAT32_BYTES, runs: int = 1) -> int:
+def shard_bytes(
+    config: MegalodonConfig, world_size: int, itemsize: int = _FLOAT32_BYTES, *, runs: int = 1, tensor: int = 1
+) -> int:
     """Of weights in parts: they are gathered forward, those of the blocks again backward, and gradients are summed
     where they are kept. Parts are as long as the longest, so a first axis is filled up to a multiple of W. Packed
-    documents run, and so gather, the blocks once for each of `runs` groups of similar lengths.
+    documents run, and so gather, the blocks once for each of `runs` groups of similar lengths. Of matrices that are cut
+    over `tensor` ranks, only the rank's part is shared out.
     """
     received = 0
     for spec in parameter_specs(config):
         is_block, is_summed = spec.name.startswith("layers."), is_trained(config, spec)
         times = (2 * runs if is_block else 1) + is_summed
-        part = -(-spec.shape[0] // world_size) * math.prod(spec.shape[1:])
+        shape = _shape_of_part(spec, tensor)
+        part = -(-shape[0] // world_size) * math.prod(shape[1:])
         received += times * (world_size - 1) * part * itemsize
     return received
+
+
+def _shape_of_part(spec: ParameterSpec, tensor: int) -> tuple[int, ...]:
+    """On one of `tensor` ranks."""
+    is_cut = spec.name.split(".")[-2] in _CUT_MATRICES
+    return tuple(size // tensor if is_cut and axis == spec.shard_dim else size for axis, size in enumerate(spec.shape))
 
 
 def chunk_bytes(config: MegalodonConfig, rows: int, world_size: int, itemsize: int = _FLOAT32_BYTES) -> int:

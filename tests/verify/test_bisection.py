@@ -48,6 +48,8 @@ def test_the_first_wrong_tensor_is_named(
     assert report.bisection is not None
     first = report.bisection.first
     assert first is not None
+    missed_calls = [miss.call for miss in report.misses if miss.schedule == report.bisection.schedule]
+    assert report.bisection.call <= min(missed_calls)
     assert first.tensor == tensor, report.bisection.describe()
     assert f"{first.found:.6g} instead of {first.expected:.6g}" in first.describe() or first.problem is not None
     assert f"layer {tensor.split('.')[1]} ({tensor})" in report.notes()[-2]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -266,15 +267,17 @@ class Scheduler:
     # How requests end.
 
     def _end(self, job: _Job, error: Exception | None = None) -> None:
-        """Give back what a job holds, and tell its reader."""
-        if job.stream is not None:
-            job.stream.batch.retire(job.stream)
-            job.stream = None
+        """Give back what a job holds, and tell its reader, whatever the backend says to that."""
+        stream, job.stream = job.stream, None
         if job is self._consuming:
             self._consuming = None
         elif job in self._generating:
             self._generating.remove(job)
-        job.request.end("cancelled" if job.is_cancelled else "failed" if error else "finished", error)
+        try:
+            if stream is not None:
+                stream.batch.retire(stream)
+        finally:
+            job.request.end("cancelled" if job.is_cancelled else "failed" if error else "finished", error)
 
     def _drop_cancelled(self) -> None:
         with self._changed:
@@ -288,7 +291,8 @@ class Scheduler:
             jobs = self._jobs()
             self._arrived.clear()
         for job in jobs:
-            self._end(job, error)
+            with suppress(Exception):  # a backend that is gone frees no slots either; the others must still be told
+                self._end(job, error)
 
     def _jobs(self) -> list[_Job]:
         return [*self._arrived, *([self._consuming] if self._consuming else []), *self._generating]

@@ -13,7 +13,7 @@ from runtime.small_models import SHORT_CHUNKS, make_model
 from megalodon_deploy.errors import EngineError
 from megalodon_deploy.export import export_checkpoint
 from megalodon_deploy.model.checkpoint import save_checkpoint
-from megalodon_deploy.runtime.cuda.kernels import Kernels
+from megalodon_deploy.runtime.cuda.kernels import ChoiceCall, Kernels
 from megalodon_deploy.runtime.sampling import SamplingParams
 from megalodon_deploy.runtime.session import Session
 
@@ -30,8 +30,8 @@ class QueuedKernels:
     def append_rows(self, *arguments: Any, **options: Any) -> None:
         self._gpu.enqueue(lambda: self._kernels.append_rows(*arguments, **options))
 
-    def choose_tokens(self, **options: Any) -> None:
-        self._gpu.enqueue(lambda: self._kernels.choose_tokens(**options))
+    def choose_tokens(self, call: ChoiceCall, stream: int) -> None:
+        self._gpu.enqueue(lambda: self._kernels.choose_tokens(call, stream))
 
 
 @pytest.mark.parametrize("kv_dtype", ["activation", "int8"])

@@ -20,7 +20,7 @@ import onnxruntime
 
 from megalodon_deploy.bundle import Bundle
 from megalodon_deploy.errors import EngineError
-from megalodon_deploy.runtime.cuda.kernels import CHOICE_DTYPE, Append
+from megalodon_deploy.runtime.cuda.kernels import CHOICE_DTYPE, Append, ChoiceCall
 from megalodon_deploy.runtime.cuda.layout import Tensor
 from megalodon_deploy.runtime.cuda.memory import CudaMemory
 from megalodon_deploy.runtime.executors.base import activation_dtype
@@ -248,34 +248,26 @@ class FakeKernels:
     def choose_tokens_workspace_bytes(self, batch: int, vocab_size: int) -> int:
         return 8 * batch * vocab_size
 
-    def choose_tokens(
-        self,
-        *,
-        logits: int,
-        choices: int,
-        recent: int,
-        tokens: int,
-        workspace: int,
-        workspace_bytes: int,
-        batch: int,
-        vocab_size: int,
-        max_recent: int,
-        stream: int,
-    ) -> None:
+    def choose_tokens(self, call: ChoiceCall, stream: int) -> None:
         assert stream == self.gpu.stream
-        assert workspace_bytes == 8 * batch * vocab_size
-        sizes = {logits: 4 * vocab_size, choices: CHOICE_DTYPE.itemsize, recent: 8 * max_recent, tokens: 8}
-        for address, row_bytes in (sizes | {workspace: 8 * vocab_size}).items():
-            self.gpu.check_device(address, batch * row_bytes)
+        assert call.workspace_bytes == 8 * call.batch * call.vocab_size
+        sizes = {
+            call.logits: 4 * call.vocab_size,
+            call.choices: CHOICE_DTYPE.itemsize,
+            call.recent: 8 * call.max_recent,
+            call.tokens: 8,
+        }
+        for address, row_bytes in (sizes | {call.workspace: 8 * call.vocab_size}).items():
+            self.gpu.check_device(address, call.batch * row_bytes)
 
         def work() -> None:
             logits_BV, choices_B, recent_BR, tokens_B = (
-                host_bytes(address, batch * row_bytes).view(kind).reshape(batch, -1)
+                host_bytes(address, call.batch * row_bytes).view(kind).reshape(call.batch, -1)
                 for (address, row_bytes), kind in zip(
                     sizes.items(), (np.float32, CHOICE_DTYPE, np.int64, np.int64), strict=True
                 )
             )
-            for row in range(batch):
+            for row in range(call.batch):
                 choice = choices_B[row, 0]
                 if choice["is_wanted"]:
                     params = SamplingParams(
@@ -284,7 +276,7 @@ class FakeKernels:
                         top_p=float(choice["top_p"]),
                         min_p=float(choice["min_p"]),
                         repetition_penalty=float(choice["repetition_penalty"]),
-                        repetition_window=max_recent,
+                        repetition_window=call.max_recent,
                     )
                     seen = recent_BR[row, : choice["num_recent"]].tolist()
                     generator: Any = Drawn(float(choice["uniform"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -236,13 +237,16 @@ def test_an_error_in_the_thread_reaches_every_reader(session: Session) -> None:
         raise RuntimeError("the device is gone")
 
     scheduler = session.serve(max_streams=2)
+    handles: list[Request] = [scheduler.submit("x", max_new_tokens=None, stop_tokens=[]) for _ in range(5)]
+    for _ in range(4):
+        scheduler.step()
+    assert [handle.state for handle in handles] == ["decode", "decode", "decode", "waiting", "waiting"]
     for memory in memories(session):
-        memory.run = fail  # type: ignore[method-assign]
-    with scheduler:
-        handles: list[Request] = [scheduler.submit("x") for _ in range(1)]
-        for handle in handles:
+        memory.run = memory.retire = fail  # type: ignore[method-assign, assignment]
+    with scheduler, ThreadPoolExecutor() as readers:
+        for reading in [readers.submit(list, handle) for handle in handles]:
             with pytest.raises(RuntimeError, match="the device is gone"):
-                list(handle)
+                reading.result(timeout=30)
 
 
 def test_64_streams_of_a_real_model_give_what_they_give_alone(make_bundle: MakeBundle) -> None:

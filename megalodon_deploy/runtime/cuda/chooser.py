@@ -8,7 +8,7 @@ import numpy as np
 
 from megalodon_deploy.runtime.cuda.arena import Arena, aligned
 from megalodon_deploy.runtime.cuda.gpu import Gpu
-from megalodon_deploy.runtime.cuda.kernels import CHOICE_DTYPE, Kernels
+from megalodon_deploy.runtime.cuda.kernels import CHOICE_DTYPE, ChoiceCall, Kernels
 from megalodon_deploy.runtime.cuda.staging import StagingRing
 from megalodon_deploy.runtime.sampling import HISTORY_TOKENS, Choice, penalised_tokens
 
@@ -36,7 +36,7 @@ class TokenChooser:
             has_recent = self._fill(block.array, choices)
             used_bytes = block.array.size if has_recent else self._recent_offset
             self._gpu.copy(self._device["block"], block.address, used_bytes)
-            self._kernels.choose_tokens(
+            call = ChoiceCall(
                 logits=logits,
                 choices=self._device["block"],
                 recent=self._device["block"] + self._recent_offset,
@@ -46,8 +46,8 @@ class TokenChooser:
                 batch=self._num_slots,
                 vocab_size=self._vocab_size,
                 max_recent=HISTORY_TOKENS,
-                stream=self._gpu.stream,
             )
+            self._kernels.choose_tokens(call, self._gpu.stream)
             self._gpu.copy(self._tokens_address, self._device["tokens"], self._tokens.size)
         self._gpu.synchronize()
         tokens = self._tokens.view(np.int64)

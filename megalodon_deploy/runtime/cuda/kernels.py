@@ -28,6 +28,21 @@ class Append:
     row_bytes: int
 
 
+@dataclass(frozen=True)
+class ChoiceCall:
+    """A choice of one token for each row; all but the numbers are device addresses."""
+
+    logits: int  # [batch, vocab_size] float32
+    choices: int  # [batch] of `CHOICE_DTYPE`
+    recent: int  # [batch, max_recent] int64, tokens that penalties apply to
+    tokens: int  # [batch] int64, output: -1 for logits that are not finite
+    workspace: int
+    workspace_bytes: int
+    batch: int
+    vocab_size: int
+    max_recent: int
+
+
 class _Append(ctypes.Structure):  # struct mgd_append
     _fields_ = [("rows", _POINTER), ("memory", _POINTER), ("heads", _I64), ("row_bytes", _I64)]
 
@@ -70,28 +85,11 @@ class Kernels:
     def choose_tokens_workspace_bytes(self, batch: int, vocab_size: int) -> int:
         return int(self._workspace_bytes(batch, vocab_size))
 
-    def choose_tokens(
-        self,
-        *,
-        logits: int,
-        choices: int,
-        recent: int,
-        tokens: int,
-        workspace: int,
-        workspace_bytes: int,
-        batch: int,
-        vocab_size: int,
-        max_recent: int,
-        stream: int,
-    ) -> None:
-        """Enqueue choosing a token for each row. Device addresses: logits [B, V] float32, choices [B] of
-        `CHOICE_DTYPE`, recent [B, max_recent] int64, tokens [B] int64, to which -1 goes for logits that are not
-        finite."""
-        self._check(
-            self._choose_tokens(
-                batch, vocab_size, logits, choices, recent, max_recent, tokens, workspace, workspace_bytes, stream
-            )
-        )
+    def choose_tokens(self, call: ChoiceCall, stream: int) -> None:
+        """Enqueue choosing a token for each row."""
+        sizes, work = (call.batch, call.vocab_size), (call.workspace, call.workspace_bytes)
+        inputs = (call.logits, call.choices, call.recent, call.max_recent)
+        self._check(self._choose_tokens(*sizes, *inputs, call.tokens, *work, stream))
 
     def _check(self, status: int) -> None:
         if status:

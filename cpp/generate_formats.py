@@ -34,6 +34,7 @@ _CONSTANTS: dict[str, tuple[str, str | float]] = {
     "kRecentTokens": ("char[]", saved_stream.RECENT_TOKENS),
     "kPendingTokens": ("char[]", saved_stream.PENDING_TOKENS),
     "kGenerator": ("char[]", saved_stream.GENERATOR),
+    "kMaxPosition": ("std::int64_t", saved_stream.MAX_POSITION),
     "Rows of keys and values in 8 bits: a row's scale is its largest magnitude over the largest code.": ("", ""),
     "kLargestFp8": ("float", state.QUANTIZED_ROW_MAX["fp8"]),
     "kLargestInt8": ("float", state.QUANTIZED_ROW_MAX["int8"]),

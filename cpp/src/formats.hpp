@@ -25,6 +25,7 @@ constexpr char kStreamFormatVersion[] = "1";
 constexpr char kRecentTokens[] = "recent_tokens";
 constexpr char kPendingTokens[] = "pending_tokens";
 constexpr char kGenerator[] = "generator";
+constexpr std::int64_t kMaxPosition = 4611686018427387904;
 
 // Rows of keys and values in 8 bits: a row's scale is its largest magnitude over the largest code.
 constexpr float kLargestFp8 = 448.0f;

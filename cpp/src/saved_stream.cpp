@@ -124,7 +124,10 @@ void check_state(const SavedStream& saved, const std::string& where) {
 }
 
 void check(const SavedStream& saved, const std::string& where) {
-    if (saved.position < 0) fail(where, "position is " + std::to_string(saved.position) + ", expected 0 or more");
+    if (saved.position < 0 || saved.position > kMaxPosition) {
+        fail(where,
+             "position is " + std::to_string(saved.position) + ", expected 0 to " + std::to_string(kMaxPosition));
+    }
     check_tokens(saved, where);
     const bool has_logits = saved.position > 0 && !saved.pending;
     if (saved.logits.empty() == has_logits) {

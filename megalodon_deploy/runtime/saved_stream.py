@@ -44,6 +44,7 @@ FORMAT_VERSION = "1"
 RECENT_TOKENS = "recent_tokens"
 PENDING_TOKENS = "pending_tokens"
 GENERATOR = "generator"
+MAX_POSITION = 1 << 62  # far beyond any stream; sums with it still fit in int64
 
 _ACTIVATION_DTYPES = ("float32", "float16", "bfloat16")
 _FP8 = "float8_e4m3fn"
@@ -140,8 +141,8 @@ def check(saved: SavedStream, config: MegalodonConfig, where: str) -> None:
     """Raise `StateError`, starting with `where`, unless the content is a stream of a model with this config, whatever
     the type of its rows."""
     config = replace(config, kv_dtype=type_of_rows(saved.tensors))
-    if saved.position < 0:
-        raise StateError(f"{where}: position is {saved.position}, expected 0 or more")
+    if not 0 <= saved.position <= MAX_POSITION:
+        raise StateError(f"{where}: position is {saved.position}, expected 0 to {MAX_POSITION}")
     for token in (*saved.recent, *saved.pending):
         if not 0 <= token < config.vocab_size:
             raise StateError(f"{where}: token {token} is outside the vocabulary of {config.vocab_size}")

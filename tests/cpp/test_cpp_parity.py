@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import numpy as np
 import pytest
 from cpp.c_library import CError, CLibrary, CSession, CStream
 from runtime.small_models import LONG_CHUNKS, make_model
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from megalodon_deploy.bundle import Bundle
+from megalodon_deploy.errors import StateError
 from megalodon_deploy.export import export_checkpoint
 from megalodon_deploy.model.checkpoint import save_checkpoint
 from megalodon_deploy.runtime.sampling import SamplingParams
@@ -80,6 +84,29 @@ def test_stop_strings_stop_tokens_and_text_prompts(session: CSession, python_ses
         found = session.stream().generate("héllo", **options)  # type: ignore[arg-type]
         assert found == list(python_session.stream().generate("héllo", **options))  # type: ignore[arg-type]
         assert found[-1].finish in ("stop_string", "stop_token")
+
+
+def test_positions_beyond_32_bits_are_no_edge(session: CSession, python_session: Session, tmp_path: Path) -> None:
+    stream, chunk_size = python_session.stream(), python_session.config.chunk_size
+    stream.prefill(PROMPT[:20])
+    for first in (1 << 31, 1 << 32):
+        saved = replace(stream.snapshot(), position=20 + (first - 26) // chunk_size * chunk_size)
+        saved.write(tmp_path / "stream", python_session.config)
+        cpp, python = session.stream(tmp_path / "stream"), python_session.stream(resume=saved)
+        for token in range(2 * chunk_size):
+            np.testing.assert_array_equal(cpp.prefill([token]), python.step(token))
+        assert cpp.position == python.position > first
+        cpp.save(tmp_path / "cpp")
+        python.save(tmp_path / "python")
+        assert header_and_data(tmp_path / "cpp") == header_and_data(tmp_path / "python")
+    tensors = load_file(tmp_path / "stream")
+    tensors["position"] = np.array([(1 << 63) - 4])
+    with safe_open(tmp_path / "stream", "np") as file:
+        save_file(tensors, tmp_path / "beyond", file.metadata())
+    with pytest.raises(CError, match="position is 9223372036854775804, expected 0 to"):
+        session.stream(tmp_path / "beyond")
+    with pytest.raises(StateError, match="position is 9223372036854775804, expected 0 to"):
+        python_session.stream(resume=tmp_path / "beyond")
 
 
 def test_forks_go_on_alike(session: CSession) -> None:

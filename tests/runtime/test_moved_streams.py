@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,23 @@ def test_rows_of_one_byte_survive_the_way_there_and_back(exports: Callable[[str]
         back = exports(name).session(threads=1).stream(resume=there.snapshot())
         for tensor, array in stream.snapshot().tensors.items():
             np.testing.assert_array_equal(back.snapshot().tensors[tensor], array, err_msg=tensor)
+
+
+@pytest.mark.parametrize("first", [1 << 31, 1 << 32])
+def test_positions_beyond_32_bits_are_no_edge(exports: Callable[[str], Bundle], first: int) -> None:
+    """A stream moved to shortly before 2^31 or 2^32 tokens gives the same logits on every backend, before and behind
+    it. PyTorch's come from its own arithmetic."""
+    bundle, chunk_size = exports("fp32"), SHORT_CHUNKS.chunk_size
+    stream = bundle.session(threads=1).stream()
+    stream.prefill(list(range(20)))
+    position = 20 + (first - 26) // chunk_size * chunk_size
+    saved = replace(stream.snapshot(), position=position)
+    streams = [on(bundle, backend).stream(resume=saved) for backend in ("torch", "onnxruntime", "gpu")]
+    for token in range(2 * chunk_size):
+        expected, *found = (stream.step(token) for stream in streams)
+        for logits_V in found:
+            assert_close(logits_V, expected, 1e-5)
+    assert position < first < streams[0].position
 
 
 def test_another_checkpoint_is_refused(exports: Callable[[str], Bundle], make_bundle: MakeBundle) -> None:

@@ -6,13 +6,14 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 from cpp.conftest import BuildRuntime
-from runtime.small_models import LONG_CHUNKS, make_model
+from runtime.small_models import LONG_CHUNKS, SHORT_CHUNKS, make_model
 from safetensors.numpy import save_file
 
 from megalodon_deploy.bundle import Bundle
@@ -105,6 +106,29 @@ def test_programs_end_with_one_line(build_dir: Path, program: str, tmp_path: Pat
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_sentencepiece_stream_writes_the_text_of_python(
+    build_dir: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """A model with byte fallback, a prompt that needs it, and random weights that generate every kind of piece."""
+    program = build_dir / "sentencepiece_stream"
+    if not program.exists():
+        pytest.skip("libsentencepiece-dev is not installed")
+    trainer = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed").SentencePieceTrainer
+    words = [f"def name_{index}(self, value): return value + {index}" for index in range(200)]
+    options = {"vocab_size": 400, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2}
+    trainer.train(
+        sentence_iterator=iter(words), model_prefix=str(tmp_path / "model"), hard_vocab_limit=False, **options
+    )
+    config = replace(SHORT_CHUNKS, vocab_size=400)
+    save_checkpoint(make_model(config), tmp_path / "checkpoint")
+    bundle = export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle", tokenizer=tmp_path / "model.model")
+    prompt = "def name(self): héllo 日本"
+    done = subprocess.run([program, bundle.path, prompt], env=os.environ | environment, capture_output=True, check=True)
+    items = list(bundle.session("onnxruntime", threads=1, native=False).stream().generate(prompt, max_new_tokens=256))
+    assert done.stdout.decode() == "".join(item.text for item in items) + "\n"
+    assert len({item.token for item in items}) > 20
 
 
 CONSUMER = """

@@ -4,8 +4,8 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <future>
 #include <megalodon/runtime.hpp>
-#include <thread>
 #include <vector>
 
 #include "stream_service.hpp"
@@ -14,9 +14,9 @@ namespace {
 
 constexpr int kRequestsPerClient = 3;
 
-// Asks one prompt after the other, and counts the tokens that came.
-void client(StreamService& service, std::int64_t vocab_size, std::uint64_t number, std::size_t num_tokens,
-            std::size_t& received) {
+// Asks one prompt after the other; returns how many tokens came.
+std::size_t client(StreamService& service, std::int64_t vocab_size, std::uint64_t number, std::size_t num_tokens) {
+    std::size_t received = 0;
     for (std::uint64_t turn = 0; turn < kRequestsPerClient; ++turn) {
         StreamService::Request request{{}, num_tokens, {}};
         request.sampling.seed = number * kRequestsPerClient + turn;
@@ -26,6 +26,7 @@ void client(StreamService& service, std::int64_t vocab_size, std::uint64_t numbe
         }
         received += service.submit(std::move(request)).get().size();
     }
+    return received;
 }
 
 }  // namespace
@@ -41,22 +42,17 @@ int main(int argc, char** argv) {
         const auto num_tokens = static_cast<std::size_t>(argc > 4 ? std::atol(argv[4]) : 32);
         megalodon::Session session(megalodon::Bundle::open(argv[1]));
         const std::int64_t vocab_size = session.bundle().manifest().vocab_size;
-        std::vector<std::size_t> received(num_clients, 0);
+        StreamService service(session, num_slots);
         const auto start = std::chrono::steady_clock::now();
-        {
-            StreamService service(session, num_slots);
-            std::vector<std::thread> clients;
-            for (std::size_t number = 0; number < num_clients; ++number) {
-                clients.emplace_back(client, std::ref(service), vocab_size, number, num_tokens,
-                                     std::ref(received[number]));
-            }
-            for (std::thread& thread : clients)
-                thread.join();
+        std::vector<std::future<std::size_t>> clients;
+        for (std::size_t number = 0; number < num_clients; ++number) {
+            clients.push_back(
+                std::async(std::launch::async, client, std::ref(service), vocab_size, number, num_tokens));
         }
-        const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
         std::size_t total = 0;
-        for (const std::size_t count : received)
-            total += count;
+        for (std::future<std::size_t>& received : clients)
+            total += received.get();  // rethrows what ended that client
+        const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
         std::printf("%zu requests, %zu tokens, %.0f tokens/s\n", num_clients * kRequestsPerClient, total,
                     static_cast<double>(total) / seconds.count());
     } catch (const megalodon::Error& error) {

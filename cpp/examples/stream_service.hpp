@@ -29,11 +29,12 @@ class StreamService {
         megalodon::SamplingParams sampling;
     };
 
-    // `session` is used by the service's thread alone until the service is gone.
+    // `session` is used by the service's thread alone until the service is gone. Throws what Session::batch throws.
     StreamService(megalodon::Session& session, std::int64_t num_slots, std::size_t piece_tokens = 64)
         : vocab_size_(session.bundle().manifest().vocab_size),
-          piece_tokens_(piece_tokens),
-          thread_([this, &session, num_slots] { run(session, num_slots); }) {}
+          piece_tokens_(std::max<std::size_t>(piece_tokens, 1)),
+          batch_(session.batch(num_slots)),
+          thread_([this] { run(); }) {}
 
     // Finishes what was submitted.
     ~StreamService() {
@@ -85,13 +86,12 @@ class StreamService {
         bool has_read() const { return num_read == job.request.prompt.size(); }
     };
 
-    void run(megalodon::Session& session, std::int64_t num_slots) {
-        megalodon::StreamBatch batch = session.batch(num_slots);
+    void run() {
         std::list<Active> active;  // streams keep their address
-        while (admit(batch, active)) {
+        while (admit(active)) {
             try {
-                advance(batch, active);
-                choose(batch, active);
+                advance(active);
+                choose(active);
             } catch (...) {
                 for (Active& entry : active)
                     entry.job.result.set_exception(std::current_exception());
@@ -101,18 +101,18 @@ class StreamService {
     }
 
     // Fills free slots; waits while there is nothing to do. False: it is time to stop.
-    bool admit(megalodon::StreamBatch& batch, std::list<Active>& active) {
+    bool admit(std::list<Active>& active) {
         std::unique_lock<std::mutex> lock(mutex_);
         wake_.wait(lock, [&] { return is_stopping_ || !queue_.empty() || !active.empty(); });
-        while (!queue_.empty() && batch.num_free() > 0) {
-            active.push_back({std::move(queue_.front()), batch.admit()});
+        while (!queue_.empty() && batch_.num_free() > 0) {
+            active.push_back({std::move(queue_.front()), batch_.admit()});
             queue_.pop_front();
         }
         return !active.empty();
     }
 
     // One token for every stream that decodes, and a piece of prompt for the others.
-    void advance(megalodon::StreamBatch& batch, std::list<Active>& active) {
+    void advance(std::list<Active>& active) {
         std::vector<megalodon::Feed> feeds;
         for (Active& entry : active) {
             const Tokens& prompt = entry.job.request.prompt;
@@ -122,11 +122,11 @@ class StreamService {
                                                    begin + static_cast<std::ptrdiff_t>(end))});
             entry.num_read = end;
         }
-        batch.feed(feeds);
+        batch_.feed(feeds);
     }
 
     // The next token of every stream whose prompt is read; those that are done leave.
-    void choose(megalodon::StreamBatch& batch, std::list<Active>& active) {
+    void choose(std::list<Active>& active) {
         std::vector<megalodon::Sample> samples;
         std::vector<std::list<Active>::iterator> asked;
         for (auto entry = active.begin(); entry != active.end(); ++entry) {
@@ -134,7 +134,7 @@ class StreamService {
             samples.push_back({&entry->stream, entry->job.request.sampling});
             asked.push_back(entry);
         }
-        const auto tokens = batch.sample(samples);
+        const auto tokens = batch_.sample(samples);
         for (std::size_t index = 0; index < asked.size(); ++index) {
             if (take(asked[index]->job, tokens[index])) active.erase(asked[index]);
         }
@@ -155,6 +155,7 @@ class StreamService {
 
     std::int64_t vocab_size_;
     std::size_t piece_tokens_;
+    megalodon::StreamBatch batch_;  // of the service's thread, once that runs
     std::mutex mutex_;
     std::condition_variable wake_;
     std::deque<Job> queue_;

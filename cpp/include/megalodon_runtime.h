@@ -85,7 +85,8 @@ typedef struct mgr_generate_options {
  * Returns whether to go on. */
 typedef int (*mgr_token_callback)(int64_t token, const char* text, size_t text_bytes, int finish, void* user);
 
-/* `level`: 0 error, 1 warning, 2 info, 3 debug. Called by any thread that uses the library, one message at a time. */
+/* `level`: 0 error, 1 warning, 2 info, 3 debug. Called by any thread that uses the library, one message at a time;
+ * must not use the library. */
 typedef void (*mgr_logger)(int level, const char* message, void* user);
 
 MGR_API int32_t mgr_abi_version(void);

@@ -52,10 +52,15 @@ void append(int descriptor, const fs::path& path, const void* data, std::size_t 
     }
 }
 
+// A name that is free. A process that was killed may have left one behind, and in a container the next has its number.
 fs::path temporary_beside(const fs::path& target) {
     static std::atomic<unsigned> counter{0};
-    const std::string suffix = "." + std::to_string(::getpid()) + "." + std::to_string(counter++);
-    return target.parent_path() / ("." + target.filename().string() + suffix);
+    for (;;) {
+        const std::string suffix = "." + std::to_string(::getpid()) + "." + std::to_string(counter++);
+        fs::path path = target.parent_path() / ("." + target.filename().string() + suffix);
+        struct stat status{};
+        if (::lstat(path.c_str(), &status) != 0) return path;
+    }
 }
 
 // Removes the temporary file unless it was renamed.

@@ -19,9 +19,10 @@ std::size_t bytes_of(const Shape& shape, DType dtype) {
 
 SlotMemory::SlotMemory(Engine& engine, const Manifest& manifest, std::int64_t num_slots)
     : engine_(engine), manifest_(manifest), num_slots_(num_slots), positions_(static_cast<std::size_t>(num_slots), 0) {
-    const auto slots = static_cast<std::size_t>(num_slots);
-    const auto add_pair = [&](const StateSpec* spec, std::size_t slot_bytes) {
-        pairs_.push_back({spec, slot_bytes, Buffer(engine, slots * slot_bytes), Buffer(engine, slots * slot_bytes)});
+    const auto add_pair = [&](const StateSpec* spec, const Shape& shape, DType dtype) {
+        const std::size_t bytes = bytes_of(shape, dtype);
+        pairs_.push_back(
+            {spec, bytes / static_cast<std::size_t>(num_slots), Buffer(engine, bytes), Buffer(engine, bytes)});
     };
     for (const StateSpec& spec : manifest.state) {
         if (spec.is_appended()) {
@@ -30,10 +31,10 @@ SlotMemory::SlotMemory(Engine& engine, const Manifest& manifest, std::int64_t nu
             appended_.push_back({&spec, static_cast<std::size_t>(spec.rows_outer()), row_bytes,
                                  Buffer(engine, bytes_of(shape, spec.dtype))});
         } else {
-            add_pair(&spec, bytes_of(concrete_shape(spec.past_shape, 1, 0, 0), spec.dtype));
+            add_pair(&spec, concrete_shape(spec.past_shape, num_slots, 0, 0), spec.dtype);
         }
     }
-    add_pair(nullptr, bytes_of({manifest.vocab_size}, DType::float32));
+    add_pair(nullptr, {num_slots, manifest.vocab_size}, DType::float32);
     if (engine.has_fixed_shapes()) capacity_ = manifest.chunk_size;
 }
 

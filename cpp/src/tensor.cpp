@@ -2,6 +2,12 @@
 
 namespace megalodon {
 
+namespace {
+
+constexpr std::int64_t kMaxElements = std::int64_t{1} << 60;  // so that bytes fit in 64 bits too
+
+}  // namespace
+
 std::size_t byte_size(DType dtype) {
     switch (dtype) {
         case DType::float32:
@@ -44,8 +50,12 @@ const char* name_of(DType dtype) {
 
 std::int64_t num_elements(const Shape& shape) {
     std::int64_t count = 1;
-    for (const std::int64_t axis : shape)
+    for (const std::int64_t axis : shape) {
+        if (axis > 0 && count > kMaxElements / axis) {
+            throw Error(ErrorKind::invalid_argument, "a tensor of more than 2^60 elements; use fewer slots");
+        }
         count *= axis;
+    }
     return count;
 }
 

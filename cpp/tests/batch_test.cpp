@@ -139,6 +139,16 @@ TEST(Batch, MistakesAreFoundBeforeAnythingIsComputed) {
     EXPECT_EQ(first.position(), 0);
 }
 
+TEST(Batch, SizesThatNoMachineHasAreRefused) {
+    const std::int64_t many = std::int64_t{1} << 40;
+    Session session = make_session();
+    EXPECT_NE(message_of([&] { session.batch(many); }, ErrorKind::invalid_argument).find("slots"), std::string::npos);
+    TinyModel wide;
+    wide.vocab_size = many << 20;
+    Session other(tiny_bundle(wide), std::make_unique<FakeEngine>());
+    EXPECT_NE(message_of([&] { other.batch(2); }, ErrorKind::invalid_argument).find("2^60"), std::string::npos);
+}
+
 TEST(Batch, AStreamGivesItsSlotBackWhenItGoes) {
     Session session = make_session();
     StreamBatch batch = session.batch(1);

@@ -1,6 +1,7 @@
 #include "files.hpp"
 
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include "megalodon/error.hpp"
 #include "tiny_bundle.hpp"
@@ -32,6 +33,15 @@ TEST(Files, AFailedWriteLeavesTheOldFileAndNothingElse) {
     EXPECT_EQ(std::distance(std::filesystem::directory_iterator(directory.path()), {}), 1);
     write_atomically(path, [](const Append& append) { append("new", 3); });
     EXPECT_EQ(detail::read_text(path), "new");
+}
+
+TEST(Files, WhatAKilledProcessLeftIsNoObstacle) {
+    const TemporaryDirectory directory;
+    for (int number = 0; number < 1000; ++number) {
+        write_text(directory.path() / (".file." + std::to_string(::getpid()) + "." + std::to_string(number)), "half");
+    }
+    write_atomically(directory.path() / "file", [](const Append& append) { append("new", 3); });
+    EXPECT_EQ(detail::read_text(directory.path() / "file"), "new");
 }
 
 TEST(Files, APlaceThatCannotBeWrittenIsNamed) {

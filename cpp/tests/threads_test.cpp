@@ -82,6 +82,11 @@ TEST(StreamService, AnEnginesErrorReachesEveryClient) {
     EXPECT_THROW(second.get(), Error);
 }
 
+TEST(StreamService, AServiceThatCannotBeIsRefusedWhereItIsMade) {
+    Session session = make_session();
+    EXPECT_THROW(StreamService(session, 0), Error);
+}
+
 TEST(PolicyWorker, AnswersTheNewestObservationAndNeverBlocks) {
     auto engine = std::make_unique<FakeEngine>();
     std::atomic<bool> is_slow{true};

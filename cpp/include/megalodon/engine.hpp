@@ -3,7 +3,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <limits>
 #include <memory>
 #include <string>
 #include <vector>
@@ -68,7 +67,7 @@ class MEGALODON_API Engine {
     // `new_*` and `present_*`. No output shares memory with an input.
     virtual void run(const std::vector<TensorRef>& inputs, const std::vector<TensorRef>& outputs) = 0;
 
-    virtual std::int64_t max_batch() const { return std::numeric_limits<std::int64_t>::max(); }
+    virtual std::int64_t max_batch() const { return 1 << 16; }
 
     // True: shapes and addresses change as little as can be. Key/value memory always has S = C rows, and a call is one
     // of all slots of a memory; slots that shall wait run along. False: rows grow with the streams, and a call is one

@@ -10,7 +10,8 @@ namespace megalodon {
 
 enum class LogLevel : int { error = 0, warning = 1, info = 2, debug = 3 };
 
-// Called from any thread that uses the library, one message at a time; must not throw.
+// Called from any thread that uses the library, one message at a time; must neither throw nor use the
+// library.
 using Logger = std::function<void(LogLevel, std::string_view)>;
 
 // For the whole process; an empty function drops messages, as is done until this is called. Thread-safe.

@@ -18,6 +18,7 @@ MEGALODON_API const char* name_of(DType dtype);  // as numpy writes it: "float32
 
 using Shape = std::vector<std::int64_t>;
 
+// Throws Error (invalid_argument) beyond 2^60.
 MEGALODON_API std::int64_t num_elements(const Shape& shape);
 
 // Dense, row-major.

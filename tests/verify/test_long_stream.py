@@ -125,6 +125,15 @@ def test_a_session_that_forgets_shows(bundle: Bundle, monkeypatch: pytest.Monkey
     assert logits["float32 (PyTorch)"].worst < 2e-5
 
 
+def test_a_nan_of_one_call_stays(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    right, calls = model_drift_module._relative, iter(range(100))
+    monkeypatch.setattr(model_drift_module, "_relative", lambda *pair: math.nan if next(calls) == 2 else right(*pair))
+    drift = model_drift_module.model_drift(bundle, 1024, lambda who, count: None)
+    worst = {curve.state: curve.worst for curve in drift.curves if "logits" in curve.what}
+    assert math.isnan(worst["pair (ONNX Runtime)"])
+    assert worst["float32 (PyTorch)"] < 2e-5
+
+
 def test_signals_are_the_same_wherever_a_call_begins_and_drift() -> None:
     total = 400_000
     means = [signal(at, 200, total, 0).reshape(200, len(SIGNALS), -1).mean((0, 2)) for at in range(0, total, 20_000)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -32,6 +33,12 @@ def test_a_right_bundle_passes(report: VerifyReport) -> None:
     assert report.reference["note"] == ""
     assert {finding.schedule for finding in report.findings} == {schedule.name for schedule in report.schedules}
     assert_tolerances_say_something(report)
+
+
+def test_nothing_compared_is_nothing_passed(report: VerifyReport) -> None:
+    empty = dataclasses.replace(report, findings=())
+    assert not empty.passed
+    assert empty.verdict() == "failed: nothing was compared"
 
 
 def assert_tolerances_say_something(report: VerifyReport) -> None:

@@ -123,6 +123,15 @@ def test_norm_state_keeps_float64_precision(kernels: KernelLibrary) -> None:
     assert_norm_state(present, expected, 1e-3 * moved / 30)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 40])
+def test_a_mean_far_from_zero_loses_nothing(kernels: KernelLibrary, num_tokens: int) -> None:
+    """30,000 standard deviations: sums relative to 0 would lose three digits."""
+    x, past, position, *weights = timestep_norm_inputs(B=2, T=num_tokens, D=64, G=2)
+    inputs = [x * np.float32(0.01) + 300, past, np.zeros_like(position), *weights]
+    expected, _ = timestep_norm_reference(*inputs, EPSILON)
+    assert_close(kernels.timestep_norm("float32", inputs)[0], expected, 2e-5)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("factor", [1.0, 1 / 3, 2.0**-10, 1.5], ids=lambda factor: f"{factor:.4f}")
 def test_every_16_bit_number_converts_as_in_numpy(kernels: KernelLibrary, dtype: str, factor: float) -> None:

@@ -13,6 +13,8 @@ from attention_helpers import attention_inputs, check_attention
 from helpers import assert_close
 from kernel_helpers import (
     ACTIVATIONS,
+    ASCENDING,
+    DESCENDING,
     MARGIN,
     SPLIT_TOLERANCE,
     HostMemory,
@@ -98,8 +100,12 @@ def test_a_small_workspace_makes_fewer_segments(
     assert run("float32", inputs)[0].tobytes() != most.tobytes()
 
 
-def test_segments_of_shorter_rows(kernels: KernelLibrary, set_multiprocessors: Callable[[int], None]) -> None:
+@pytest.mark.parametrize("order", [ASCENDING, DESCENDING])
+def test_segments_of_shorter_rows(
+    kernels: KernelLibrary, set_multiprocessors: Callable[[int], None], set_order: Callable[[int], None], order: int
+) -> None:
     set_multiprocessors(MULTIPROCESSORS)
+    set_order(order)
     check_shorter_rows(kernels.complex_ema, six_rows(complex_ema_inputs(B=4, T=1100, D=2, N=4)))
 
 

@@ -28,6 +28,7 @@ foreach(folder IN LISTS MEGALODON_TENSORRT_INCLUDE)
     add_library(megalodon_tensorrt${abi} OBJECT src/backends/tensorrt.cpp)
     target_compile_definitions(megalodon_tensorrt${abi} PRIVATE
         MEGALODON_TENSORRT_ABI=${abi} nvinfer1=nvinfer1_abi${abi})
+    target_compile_options(megalodon_tensorrt${abi} PRIVATE ${foreign_objects})
     target_include_directories(megalodon_tensorrt${abi} PRIVATE src include)
     target_include_directories(megalodon_tensorrt${abi} SYSTEM PRIVATE ${folder} ${MEGALODON_CUDA_INCLUDE})
     target_link_libraries(megalodon_tensorrt${abi} PRIVATE megalodon_warnings)

@@ -48,7 +48,7 @@ struct Block {
     Address start;
 };
 std::map<Address, Block> blocks;  // by the first address
-thread_local int context_depth = 0;
+int context_depth = 0;            // of the one thread that the tests use it from
 
 void require(bool is_true, const std::string& what) {
     if (!is_true) throw std::logic_error("stand-in: " + what);

@@ -97,7 +97,7 @@ TEST_P(Gpu, AGeneratedTokenIsALaunchAndOneWait) {
     Stream stream = shared.stream(), twin = alone.stream();
     GenerateOptions options;
     options.max_new_tokens = 5;
-    options.stop_tokens.emplace();
+    options.stop_tokens = std::vector<std::int64_t>{};
     options.sampling.temperature = 1.5;
     options.sampling.seed = 3;
     options.sampling.repetition_penalty = 1.3;

@@ -183,7 +183,7 @@ class Trainer:
         return evaluated if every is None else self.num_steps % every == 0 or self.best_step == self.num_steps
 
     def evaluate(self) -> None:
-        """Add the held-out loss to the curve. Every rank computes all of it: the number is the same everywhere."""
+        """Add the held-out loss to the curve; all ranks call it and have the same number."""
         self.next_mark = self._mark()
         if not self.evaluation:
             return

@@ -18,6 +18,7 @@ import torch
 from helpers import small_config
 from torch import Tensor
 from torch import distributed as dist
+from train.relative_errors import largest, relative
 from train.traffic import Traffic
 
 from megalodon_deploy.model.megalodon import Megalodon, ModelState
@@ -143,10 +144,6 @@ def two_calls(case: Case, plan: Plan, tokens: Tensor, micro: int = 1) -> Outcome
     return Outcome(plan.sum(loss), norm, torch.tensor(evaluation), grads, held, traffic.received)
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
-
-
 def errors(case: Case) -> dict[str, float]:
     """Relative errors over the tolerance."""
     device = torch.device("cpu")
@@ -164,7 +161,7 @@ def errors(case: Case) -> dict[str, float]:
         "loss": relative(found.loss, expected.loss),
         "norm": relative(found.norm, expected.norm),
         "evaluation": relative(found.evaluation, expected.evaluation),
-        "gradient": max(relative(found.grads[name], gradient) for name, gradient in expected.grads.items()),
+        "gradient": largest(found.grads, expected.grads),
         "state": state_error(found.state, expected.state, rows),
     }
     scaled = {name: error / case.tolerance for name, error in found_errors.items()}
@@ -180,8 +177,8 @@ def state_error(found: ModelState | None, expected: ModelState | None, rows: sli
         return 0.0 if found is expected else float("nan")
     assert bool((found.position == expected.position[rows]).all())
     recurrent = [name for name in expected.tensors if name.startswith(("past_cema", "past_norm"))]
-    moved = [name for name in recurrent if expected.tensors[name].any()]  # what the model does not use stays 0
-    return max((relative(found.tensors[name], expected.tensors[name][rows]) for name in moved), default=0.0)
+    own = {name: expected.tensors[name][rows] for name in recurrent}
+    return largest({name: found.tensors[name] for name in recurrent}, own)
 
 
 def claimed_bytes(case: Case, rows: int) -> float:

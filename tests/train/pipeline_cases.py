@@ -11,6 +11,7 @@ import torch
 from helpers import small_config
 from torch import Tensor
 from torch import distributed as dist
+from train.relative_errors import largest
 from train.traffic import Traffic
 
 from megalodon_deploy.model.megalodon import Megalodon, ModelState
@@ -101,20 +102,6 @@ def part_of(case: Case, tokens: Tensor, rows: slice, state: ModelState | None) -
     return MicroBatch(tokens[rows, :TOKENS], tokens[rows, 1 : TOKENS + 1], documents, state)
 
 
-def relative(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The largest error of any tensor; NaN where one is missing or of another shape."""
-    worst = 0.0
-    if found.keys() != expected.keys():
-        return float("nan")
-    for name, tensor in expected.items():
-        if found[name].shape != tensor.shape:
-            return float("nan")
-        if tensor.numel():
-            error = (found[name] - tensor).double().norm() / tensor.double().norm().clamp(min=1e-3)
-            worst = max(worst, float(error)) if error == error else float("nan")
-    return worst
-
-
 def errors(case: Case) -> dict[str, float]:
     torch.manual_seed(1)
     tokens = torch.randint(0, VOCABULARY, (BATCH, 2 * TOKENS + 1))
@@ -127,7 +114,7 @@ def errors(case: Case) -> dict[str, float]:
         "loss": abs(float(found.loss / expected.loss) - 1),
         "norm": abs(float(found.norm / expected.norm) - 1),
         "evaluation": abs(found.evaluation / expected.evaluation - 1),
-        "gradient": relative(found.grads, {name: expected.grads[name] for name in found.grads}),
+        "gradient": largest(found.grads, {name: expected.grads[name] for name in found.grads}),
     }
     if case.tensor == 1:
         config, itemsize = small_config(**case.model), case.dtype.itemsize
@@ -143,7 +130,7 @@ def errors(case: Case) -> dict[str, float]:
                 joined = BATCH // case.num_parts  # rows of the first micro-batches of all data ranks
                 assert all(tensor.shape[0] == joined for tensor in tensors.values())
                 tensors = {name: tensor[: joined // case.data] for name, tensor in tensors.items()}
-            report[kind] = relative(tensors, wanted)
+            report[kind] = largest(tensors, wanted)
     return report
 
 

@@ -10,6 +10,7 @@ from helpers import small_config
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from train.relative_errors import largest, relative
 from train.traffic import Traffic
 
 from megalodon_deploy.model.megalodon import Megalodon, ModelState
@@ -39,12 +40,6 @@ def second_call(objective: torch.nn.Module, tokens: Tensor, state: ModelState) -
     position[RESET_ROW] = 0
     loss, after = objective(tokens[:, :-1], tokens[:, 1:], None, ModelState(position, state.detach().tensors))
     return loss, after
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    if expected.numel() == 0:
-        return 0.0 if found.shape == expected.shape else float("nan")
-    return float((found - expected).norm() / expected.norm())
 
 
 def errors(dtype: torch.dtype, mesh: DeviceMesh, *, has_chunks: bool = False, **shape: Any) -> dict[str, float]:
@@ -95,8 +90,8 @@ def errors(dtype: torch.dtype, mesh: DeviceMesh, *, has_chunks: bool = False, **
         "bytes": abs(sum(traffic.received.values()) - claimed),
         "loss": relative(found, (loss + second_loss).detach()),
         "evaluation": relative(found_evaluation, evaluation),
-        "gradient": max(relative(gradients[name], p.grad) for name, p in alone.model.named_parameters()),
-        "state": max(relative(joined.tensors[name], tensor) for name, tensor in state.tensors.items()),
+        "gradient": largest(gradients, {name: p.grad for name, p in alone.model.named_parameters()}),
+        "state": largest(joined.tensors, state.tensors),
     }
 
 

@@ -46,19 +46,16 @@ def read_native(path: Path) -> Checkpoint:
     if document.get("parts") is None:
         file = open_tensor_file(weights_path)
         check_tensors(weights_path, file.entries, shapes)
-        files, tensors = (
-            [file],
-            {
-                name: LazyTensor(shape, file.entries[name].dtype, partial(read_checked, file, name))
-                for name, shape in shapes.items()
-            },
-        )
+        files = [file]
+        tensors = {
+            name: LazyTensor(shape, file.entries[name].dtype, partial(read_checked, file, name))
+            for name, shape in shapes.items()
+        }
     else:
         files, tensors = open_parts(_part_paths(config_path, document["parts"]), shapes)
         for file in files:
-            check_tensors(
-                file.path, file.entries, {name: file.entries[name].shape for name in file.entries.keys() & shapes}
-            )
+            known = {name: file.entries[name].shape for name in file.entries.keys() & shapes}
+            check_tensors(file.path, file.entries, known)
     tokenizer = _tokenizer(config_path, document.get("tokenizer"))
     return Checkpoint(path, "native", config, tokenizer, tuple(files), tensors)
 

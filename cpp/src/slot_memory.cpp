@@ -102,6 +102,7 @@ void SlotMemory::run_apart(std::int64_t slot, const std::vector<std::int64_t>& t
     const auto num_tokens = static_cast<std::int64_t>(tokens.size());
     beside_->run({0, 1}, tokens, {position}, num_tokens);
     copy(slot, *beside_, 0, position + num_tokens);
+    beside_->retire(0);  // the next piece may be another stream's
 }
 
 std::vector<float> SlotMemory::logits(std::int64_t slot) const {
@@ -227,14 +228,17 @@ TensorMap SlotMemory::read(std::int64_t slot, std::int64_t position) const {
         tensors[tensor.spec->past] = std::move(copy);
     }
     for (const Pair& pair : pairs_) {
-        if (pair.spec == nullptr) continue;
-        HostTensor copy{pair.spec->dtype, concrete_shape(pair.spec->past_shape, 1, 0, 0), {}};
-        copy.data.resize(pair.slot_bytes);
-        const std::size_t offset = static_cast<std::size_t>(slot) * pair.slot_bytes;
-        engine_.download(copy.data.data(), pair.past.data() + offset, pair.slot_bytes);
-        tensors[pair.spec->past] = std::move(copy);
+        if (pair.spec != nullptr) tensors[pair.spec->past] = read(pair, slot);
     }
     return tensors;
+}
+
+HostTensor SlotMemory::read(const Pair& pair, std::int64_t slot) const {
+    HostTensor copy{pair.spec->dtype, concrete_shape(pair.spec->past_shape, 1, 0, 0), {}};
+    copy.data.resize(pair.slot_bytes);
+    const std::size_t offset = static_cast<std::size_t>(slot) * pair.slot_bytes;
+    engine_.download(copy.data.data(), pair.past.data() + offset, pair.slot_bytes);
+    return copy;
 }
 
 void SlotMemory::write(std::int64_t slot, std::int64_t position, const TensorMap& tensors,
@@ -279,18 +283,11 @@ void SlotMemory::retire(std::int64_t slot) {
     place({{slot, 0}});
 }
 
-// A row that is not finite makes its own token's output so, and the final norm carries that on for ever: the small
-// tensors tell of the large ones.
+// What is not finite anywhere reaches the final norm in the same call, and its statistics keep it for ever.
 bool SlotMemory::is_finite(std::int64_t slot) const {
-    for (const Pair& pair : pairs_) {
-        if (pair.spec == nullptr) continue;
-        HostTensor copy{pair.spec->dtype, concrete_shape(pair.spec->past_shape, 1, 0, 0), {}};
-        copy.data.resize(pair.slot_bytes);
-        engine_.download(copy.data.data(), pair.past.data() + static_cast<std::size_t>(slot) * pair.slot_bytes,
-                         pair.slot_bytes);
-        if (!detail::is_finite(copy)) return false;
-    }
-    return true;
+    const auto is_state = [](const Pair& pair) { return pair.spec != nullptr; };
+    const auto final_norm = std::find_if(pairs_.rbegin(), pairs_.rend(), is_state);  // the last of the graph's order
+    return final_norm == pairs_.rend() || detail::is_finite(read(*final_norm, slot));
 }
 
 void SlotMemory::clear(std::int64_t slot) {

@@ -112,6 +112,7 @@ class SlotMemory {
     void place(const std::map<std::int64_t, std::int64_t>& positions);
     void lay_out(std::int64_t capacity, std::int64_t kept_rows);
     std::int64_t longest() const;
+    HostTensor read(const Pair& pair, std::int64_t slot) const;
     bool is_finite(std::int64_t slot) const;
     void clear(std::int64_t slot);
     std::byte* row_address(const Appended& tensor, std::int64_t slot, std::size_t head, std::int64_t row) const;

@@ -51,10 +51,6 @@ INSTANTIATE_TEST_SUITE_P(Engines, Batches,
                                          Case{"Device", {12, 64, true, true}, 4}),
                          [](const auto& tested) { return std::string(tested.param.name); });
 
-Session make_session(std::unique_ptr<FakeEngine> engine = std::make_unique<FakeEngine>()) {
-    return Session(tiny_bundle(), std::move(engine));
-}
-
 std::string message_of(const std::function<void()>& body, ErrorKind kind) {
     try {
         body();
@@ -66,48 +62,53 @@ std::string message_of(const std::function<void()>& body, ErrorKind kind) {
     return "";
 }
 
-TEST(Batch, StreamsAdvanceInOneCall) {
-    auto engine = std::make_unique<FakeEngine>();
-    FakeEngine& fake = *engine;
-    Session session = make_session(std::move(engine));
+class Batch : public testing::Test {
+ protected:
+    Session make_session(FakeOptions options = {}) {
+        auto engine = std::make_unique<FakeEngine>(options);
+        fake = engine.get();
+        return Session(tiny_bundle(), std::move(engine));
+    }
+    FakeEngine* fake = nullptr;  // of the session that was made last
+};
+
+constexpr FakeOptions kDevice{12, 3, true, true};
+
+TEST_F(Batch, StreamsAdvanceInOneCall) {
+    Session session = make_session();
     StreamBatch batch = session.batch(3);
     Stream first = batch.admit(), second = batch.admit(), third = batch.admit();
     batch.feed({{&first, {1}}, {&second, {2}}, {&third, {3}}});
-    EXPECT_EQ(fake.num_calls, 1);
+    EXPECT_EQ(fake->num_calls, 1);
     batch.feed({{&first, {1}}, {&third, {3}}});  // the second one waits, so there are two ranges
-    EXPECT_EQ(fake.num_calls, 3);
+    EXPECT_EQ(fake->num_calls, 3);
     batch.retire(second);
     batch.feed({{&first, {1}}, {&third, {3}}});  // a free slot runs along
-    EXPECT_EQ(fake.num_calls, 4);
+    EXPECT_EQ(fake->num_calls, 4);
 }
 
-TEST(Batch, ADeviceStepsAllSlotsAtOnceByTwoPreparedSteps) {
-    auto engine = std::make_unique<FakeEngine>(FakeOptions{12, 3, true, true});
-    FakeEngine& fake = *engine;
-    Session session = make_session(std::move(engine));
+TEST_F(Batch, ADeviceStepsAllSlotsAtOnceByTwoPreparedSteps) {
+    Session session = make_session(kDevice);
     StreamBatch batch = session.batch(3);
     Stream first = batch.admit(), second = batch.admit();
     for (int step = 0; step < 20; ++step)
         batch.feed({{&first, {1}}, {&second, {2}}});
-    EXPECT_EQ(fake.num_calls, 20);
-    EXPECT_EQ(fake.num_prepared, 2);  // one for each half of the pair
-    batch.feed({{&first, {1}}});      // the second waits: it runs along, and is taken back
-    EXPECT_EQ(fake.num_calls, 21);
-    EXPECT_EQ(fake.num_prepared, 2);
+    EXPECT_EQ(fake->num_calls, 20);
+    EXPECT_EQ(fake->num_prepared, 2);  // one for each half of the pair
+    batch.feed({{&first, {1}}});       // the second waits: it runs along, and is taken back
+    EXPECT_EQ(fake->num_calls, 21);
+    EXPECT_EQ(fake->num_prepared, 2);
     EXPECT_NE(message_of([&] { session.batch(4); }, ErrorKind::invalid_argument).find("--max-batch 4"),
               std::string::npos);
 }
 
-TEST(Batch, ABrokenStreamIsLeftOutOfAChoice) {
-    auto engine = std::make_unique<FakeEngine>(FakeOptions{12, 64, true, true});
-    FakeEngine& fake = *engine;
-    Session session = make_session(std::move(engine));
+TEST_F(Batch, ABrokenStreamIsLeftOutOfAChoice) {
+    Session session = make_session(kDevice);
     StreamBatch batch = session.batch(2);
     Stream good = batch.admit(), bad = batch.admit();
-    fake.goes_bad = true;
+    fake->bad_token = 7;
     bad.step(1);
-    bad.step(1);
-    fake.goes_bad = false;
+    bad.step(7);
     good.step(1);
     const auto chosen = batch.sample({{&good, SamplingParams::greedy()}, {&bad, SamplingParams::greedy()}});
     EXPECT_TRUE(chosen.at(0).has_value());
@@ -118,10 +119,18 @@ TEST(Batch, ABrokenStreamIsLeftOutOfAChoice) {
               std::string::npos);
 }
 
-TEST(Batch, MistakesAreFoundBeforeAnythingIsComputed) {
-    auto engine = std::make_unique<FakeEngine>();
-    FakeEngine& fake = *engine;
-    Session session = make_session(std::move(engine));
+TEST_F(Batch, ABrokenStreamLeavesNothingWherePiecesAreRead) {
+    Session session = make_session(kDevice);
+    StreamBatch batch = session.batch(2);
+    Stream bad = batch.admit(), good = batch.admit(), alone = session.stream();
+    fake->bad_token = 9;
+    bad.prefill({1, 2, 3, 4, 5, 6, 7, 8, 9});
+    EXPECT_EQ(good.prefill({1, 2}), alone.prefill({1, 2}));
+    EXPECT_EQ(good.step(3), alone.step(3));
+}
+
+TEST_F(Batch, MistakesAreFoundBeforeAnythingIsComputed) {
+    Session session = make_session();
     StreamBatch batch = session.batch(2), other = session.batch(1);
     Stream first = batch.admit(), second = batch.admit(), stranger = other.admit();
     const auto invalid = ErrorKind::invalid_argument;
@@ -135,11 +144,11 @@ TEST(Batch, MistakesAreFoundBeforeAnythingIsComputed) {
     EXPECT_NE(message_of([&] { batch.retire(stranger); }, ErrorKind::state).find("another batch"), std::string::npos);
     EXPECT_NE(message_of([&] { batch.admit(); }, invalid).find("slots"), std::string::npos);
     EXPECT_NE(message_of([&] { session.batch(0); }, invalid).find("num_slots = 0"), std::string::npos);
-    EXPECT_EQ(fake.num_calls, 0);
+    EXPECT_EQ(fake->num_calls, 0);
     EXPECT_EQ(first.position(), 0);
 }
 
-TEST(Batch, SizesThatNoMachineHasAreRefused) {
+TEST_F(Batch, SizesThatNoMachineHasAreRefused) {
     const std::int64_t many = std::int64_t{1} << 40;
     Session session = make_session();
     EXPECT_NE(message_of([&] { session.batch(many); }, ErrorKind::invalid_argument).find("slots"), std::string::npos);
@@ -149,7 +158,7 @@ TEST(Batch, SizesThatNoMachineHasAreRefused) {
     EXPECT_NE(message_of([&] { other.batch(2); }, ErrorKind::invalid_argument).find("2^60"), std::string::npos);
 }
 
-TEST(Batch, AStreamGivesItsSlotBackWhenItGoes) {
+TEST_F(Batch, AStreamGivesItsSlotBackWhenItGoes) {
     Session session = make_session();
     StreamBatch batch = session.batch(1);
     {
@@ -165,7 +174,7 @@ TEST(Batch, AStreamGivesItsSlotBackWhenItGoes) {
     EXPECT_NE(message_of([&] { stream.step(1); }, ErrorKind::state).find("moved"), std::string::npos);
 }
 
-TEST(Batch, HandlesKeepAliveWhatTheyNeed) {
+TEST_F(Batch, HandlesKeepAliveWhatTheyNeed) {
     std::optional<Stream> stream;
     {
         Session session = make_session();
@@ -178,15 +187,13 @@ TEST(Batch, HandlesKeepAliveWhatTheyNeed) {
     EXPECT_EQ(fork.position(), 1);
 }
 
-TEST(Batch, AnEnginesErrorReachesTheCaller) {
-    auto engine = std::make_unique<FakeEngine>();
-    FakeEngine& fake = *engine;
-    Session session = make_session(std::move(engine));
+TEST_F(Batch, AnEnginesErrorReachesTheCaller) {
+    Session session = make_session();
     Stream stream = session.stream();
     stream.step(1);
-    fake.before_call = [] { throw Error(ErrorKind::engine, "the device is gone"); };
+    fake->before_call = [] { throw Error(ErrorKind::engine, "the device is gone"); };
     EXPECT_EQ(message_of([&] { stream.step(1); }, ErrorKind::engine), "the device is gone");
-    fake.before_call = nullptr;
+    fake->before_call = nullptr;
     Stream other = session.stream();
     EXPECT_EQ(other.step(1).size(), 11u);
 }

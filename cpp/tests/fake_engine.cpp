@@ -147,14 +147,15 @@ double FakeEngine::renew(const Row& row, const TensorRef& past, const TensorRef&
         for (std::int64_t token = 0; token < row.num_tokens; ++token) {
             const double added = std::cos(static_cast<double>(item + row.tokens[token]) + seed);
             value = static_cast<float>(0.75 * static_cast<double>(value) + added);
+            if (row.tokens[token] == bad_token) value = std::nanf("");
         }
-        after[item] = goes_bad ? std::nanf("") : value;
+        after[item] = value;
         mixed += std::cos(static_cast<double>(value) * static_cast<double>(item + 1));
     }
     return mixed;
 }
 
-// Rows of the open chunk, each weighted by its place.
+// Rows of the open chunk, each weighted by its place, and those behind them by zero, as masked attention does.
 double FakeEngine::append(const Row& row, const TensorRef& past, const TensorRef& present, double seed) const {
     const std::int64_t heads = past.shape.at(1), capacity = past.shape.at(2);
     const std::int64_t width = past.shape.size() > 3 ? past.shape[3] : 1;
@@ -164,16 +165,17 @@ double FakeEngine::append(const Row& row, const TensorRef& past, const TensorRef
     double mixed = 0.0;
     for (std::int64_t head = 0; head < heads; ++head) {
         for (std::int64_t item = 0; item < width; ++item) {
-            const auto weigh = [&](float value, std::int64_t place) {
-                mixed += static_cast<double>(value) * static_cast<double>(place + 1 + head);
+            const auto weigh = [&](float value, std::int64_t weight) {
+                mixed += static_cast<double>(value) * static_cast<double>(weight);
             };
-            for (std::int64_t place = 0; place < row.start; ++place) {
-                weigh(rows[(head * capacity + place) * width + item], place);
+            for (std::int64_t place = 0; place < capacity; ++place) {
+                weigh(rows[(head * capacity + place) * width + item], place < row.start ? place + 1 + head : 0);
             }
             for (std::int64_t token = 0; token < row.num_tokens; ++token) {
                 float& out = fresh[(head * row.num_tokens + token) * width + item];
                 out = static_cast<float>(std::sin(static_cast<double>(row.tokens[token] + head + item) + seed));
-                weigh(out, row.start + token);
+                if (row.tokens[token] == bad_token) out = std::nanf("");
+                weigh(out, row.start + token + 1 + head);
             }
         }
     }

@@ -38,7 +38,7 @@ class FakeEngine : public Engine {
     int num_calls = 0;
     int num_prepared = 0;
     std::function<void()> before_call;  // may throw
-    bool goes_bad = false;              // its states become NaN
+    std::int64_t bad_token = -1;        // a stream that consumes it has NaN in its states and in the token's row
 
  private:
     class Step;

@@ -206,17 +206,17 @@ TEST(SavedStream, ABrokenStreamIsNotSavedAndLeavesNothingBehind) {
     FakeEngine& fake = *engine;
     Session session(tiny_bundle(), std::move(engine));
     const TemporaryDirectory directory;
-    StreamBatch batch = session.batch(1);
-    Stream stream = batch.admit();
-    fake.goes_bad = true;
-    stream.prefill(some_tokens(5));
+    StreamBatch batch = session.batch(2);
+    Stream stream = batch.admit(), other = batch.admit();
+    other.prefill(some_tokens(6));  // the memory of rows stays as long as it is
+    fake.bad_token = 5;
+    stream.prefill({1, 2, 3, 4, 5});
     EXPECT_NE(message_of([&] { stream.save(directory.path() / "stream"); }, ErrorKind::state).find("NaN"),
               std::string::npos);
     EXPECT_TRUE(std::filesystem::is_empty(directory.path()));
-    fake.goes_bad = false;
     batch.retire(stream);
     Stream next = batch.admit(), alone = session.stream();
-    EXPECT_EQ(next.prefill(some_tokens(3)), alone.prefill(some_tokens(3)));
+    EXPECT_EQ(next.prefill({1, 2, 3}), alone.prefill({1, 2, 3}));
     next.save(directory.path() / "stream");
 }
 

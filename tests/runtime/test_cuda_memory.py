@@ -179,6 +179,18 @@ def test_a_broken_stream_leaves_nothing_behind(make_bundle: MakeBundle) -> None:
     assert_close(fresh.prefill(some_tokens(20)), twin.prefill(some_tokens(20)), TOLERANCE)
 
 
+def test_a_broken_stream_leaves_nothing_where_pieces_are_read(make_bundle: MakeBundle) -> None:
+    """Longer pieces of all slots go through one memory, one after the other."""
+    session = gpu_session(make_bundle(SHORT_CHUNKS))
+    batch = session.batch(2)
+    broken, other = batch.admit(), batch.admit()
+    batch.feed({broken: some_tokens(9)})
+    tensors = broken.snapshot().tensors
+    batch._memory.write(0, 9, tensors | {"past_value.0": np.full_like(tensors["past_value.0"], np.nan)})
+    assert np.isnan(batch.feed({broken: some_tokens(3)})[broken]).all()
+    assert_close(other.prefill(some_tokens(20)), session.stream().prefill(some_tokens(20)), TOLERANCE)
+
+
 def test_memory_and_graphs_are_given_back(make_bundle: MakeBundle) -> None:
     session = gpu_session(make_bundle(SHORT_CHUNKS))
     gpu = executor_of(session).gpu

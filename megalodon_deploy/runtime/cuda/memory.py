@@ -178,6 +178,7 @@ class CudaMemory:
             self._beside.copy(0, self, slot, position)
         self._beside.run(slice(0, 1), tokens_1T, position_1)
         self.copy(slot, self._beside, 0, position + tokens_1T.shape[1])
+        self._beside.retire(0)  # the next piece may be another stream's
 
     @cached_property
     def _beside(self) -> CudaMemory:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 _HASH_BLOCK_BYTES = 1 << 22
 
 
@@ -25,41 +27,62 @@ def sha256_file(path: Path) -> str:
 def atomic_file(target: Path) -> Iterator[Path]:
     """Yield a temporary path beside `target`; on success it is synced and renamed over it, on error removed.
 
-    A crash at any moment leaves the old file or the new one, never a part.
+    A crash at any moment leaves the old file or the new one, never a part. Raises `OSError` naming `target`.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        _sync(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-        _sync(target.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _naming(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            _sync(temporary)
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, target)
+            _sync(target.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary directory beside `target`; on success it takes the name, on error it is removed.
 
-    Raises `FileExistsError` when the target exists and `overwrite` is false.
+    Raises `FileExistsError` when the target exists and `overwrite` is false, and `OSError` naming `target` when it
+    cannot be written.
     """
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists already")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    with _naming(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        try:
+            yield temporary
+            for file in temporary.rglob("*"):
+                _sync(file)
+            os.chmod(temporary, 0o777 & ~_umask())
+            _replace_directory(temporary, target)
+            _sync(target.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _naming(target: Path) -> Iterator[None]:
+    """Let errors of writing name `target`, not what stands in for it, or nothing; those of safetensors, which are of
+    a class of its own, become the `OSError` that they tell of."""
     try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            _sync(file)
-        os.chmod(temporary, 0o777 & ~_umask())
-        _replace_directory(temporary, target)
-        _sync(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        yield
+    except OSError as error:
+        parts = () if error.filename is None else Path(str(error.filename)).parts
+        is_other = bool(parts) and not any(part.startswith(f".{target.name}.") for part in parts)
+        if error.errno is None or is_other:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(target)) from error
+    except SafetensorError as error:
+        if "I/O error" not in str(error):
+            raise
+        raise OSError(f"{target}: cannot be written ({error})") from error
 
 
 def _replace_directory(new: Path, target: Path) -> None:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -50,3 +57,43 @@ def test_failed_directory_keeps_the_old_one(tmp_path: Path) -> None:
         raise RuntimeError("killed")
     assert os.listdir(target) == ["a"]
     assert os.listdir(tmp_path) == ["bundle"]
+
+
+@pytest.mark.parametrize("write", [atomic_file, atomic_directory])
+def test_an_error_names_what_was_to_be_written(
+    tmp_path: Path, write: Callable[..., AbstractContextManager[Path]]
+) -> None:
+    def raised(error: OSError) -> OSError:
+        with pytest.raises(OSError) as caught, write(tmp_path / "bundle"):  # noqa: PT011
+            raise error
+        return caught.value
+
+    assert raised(OSError(errno.ENOSPC, "full")).filename == str(tmp_path / "bundle")
+    inside = raised(OSError(errno.ENOSPC, "full", str(tmp_path / ".bundle.abc" / "model.onnx")))
+    assert (inside.filename, inside.errno) == (str(tmp_path / "bundle"), errno.ENOSPC)
+    assert raised(FileNotFoundError(errno.ENOENT, "none", "other")).filename == "other"
+
+
+def test_a_disk_that_is_full_is_an_error_of_the_system_under_safetensors_too(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; import numpy as np; from safetensors.numpy import save_file\n"
+        "from megalodon_deploy.files import atomic_file\n"
+        "try:\n"
+        "    with atomic_file(Path(sys.argv[1])) as path: save_file({'x': np.zeros(10_000)}, path)\n"
+        "except OSError as error: print(error)\n"
+    )
+
+    def at_most_1000_bytes() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+    target = tmp_path / "stream"
+    done = subprocess.run(
+        [sys.executable, "-c", script, target],
+        preexec_fn=at_most_1000_bytes,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith(f"{target}: cannot be written")
+    assert os.listdir(tmp_path) == []

@@ -17,7 +17,7 @@ from megalodon_deploy.runtime.sampling import SamplingParams
 @pytest.mark.parametrize(
     ("vocab_size", "order"), [(1, ASCENDING), (50, RANDOM), (257, DESCENDING), (600, ASCENDING), (600, DESCENDING)]
 )
-def test_choices_are_those_of_the_runtime(
+def test_choices_in_any_order_of_threads_are_those_of_the_runtime(
     kernels: KernelLibrary, set_order: Callable[[int], None], vocab_size: int, order: int
 ) -> None:
     """The penalised tokens are the best ones and any others, so that many choices depend on the penalty."""

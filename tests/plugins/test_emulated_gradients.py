@@ -70,7 +70,7 @@ def test_gradients_of_every_activation_type(emulated_path: Path, dtype: str, mar
 
 
 def both_gradients(kernels: KernelLibrary) -> list[np.ndarray]:
-    cema, norm = complex_ema_inputs(B=3, T=45, D=11, N=16), timestep_norm_inputs(B=3, T=300, D=12, G=3)
+    cema, norm = complex_ema_inputs(B=3, T=45, D=11, N=16), timestep_norm_inputs(B=3, T=300, D=66, G=2)
     grads = []
     for run, inputs in ((kernels.complex_ema_backward, cema), (kernels.timestep_norm_backward, norm)):
         random = np.random.default_rng(1)

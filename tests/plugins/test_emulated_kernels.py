@@ -75,7 +75,7 @@ def test_timestep_norm_matches_float64(kernels: KernelLibrary, sizes: tuple[int,
 def test_results_do_not_depend_on_the_order_of_threads(
     kernels: KernelLibrary, set_order: Callable[[int], None], order: int
 ) -> None:
-    cema, norm = complex_ema_inputs(B=3, T=65, D=11, N=16), timestep_norm_inputs(B=3, T=300, D=12, G=3)
+    cema, norm = complex_ema_inputs(B=3, T=65, D=11, N=16), timestep_norm_inputs(B=3, T=300, D=66, G=2)
     expected = [*kernels.complex_ema("float32", cema), *kernels.timestep_norm("float32", norm)]
     set_order(order)
     found = [*kernels.complex_ema("float32", cema), *kernels.timestep_norm("float32", norm)]

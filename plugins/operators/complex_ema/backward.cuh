@@ -155,11 +155,15 @@ class BackwardWalk {
     __device__ void take_stretch(const float* x, const float* grad_y, float* grad_x, int count) {
         Complex states[Shape::kStretch + 1][kModes];  // before each token, and after the last
 #pragma unroll
-        for (int k = 0; k <= Shape::kStretch; ++k) {
+        for (int i = 0; i < kModes; ++i) {
+            states[0][i] = modes_[i].g;
+        }
+#pragma unroll
+        for (int k = 0; k < Shape::kStretch; ++k) {
 #pragma unroll
             for (int i = 0; i < kModes; ++i) {
-                states[k][i] = modes_[i].g;
-                if (k < Shape::kStretch) modes_[i].advance(x[k * kStride]);
+                modes_[i].advance(x[k * kStride]);
+                states[k + 1][i] = modes_[i].g;
             }
         }
         float sums[Shape::kStretch];
@@ -245,9 +249,9 @@ __global__ void backward_kernel(ComplexEmaBackwardCall call, const float* checkp
         grad_y.load(call.grad_y, first, count);
         if (count > 0) load_complex(in, checkpoints, first / Tile::kTokens * in.B + place.row, range, next_state);
     };
-    const int64_t last_tile = in.T == 0 ? -1 : (in.T - 1) / Tile::kTokens;
-    start_loading(last_tile * Tile::kTokens);
-    for (int64_t first = last_tile * Tile::kTokens; first >= 0; first -= Tile::kTokens) {
+    const int64_t num_tiles = (in.T + Tile::kTokens - 1) / Tile::kTokens;
+    start_loading((num_tiles - 1) * Tile::kTokens);
+    for (int64_t first = (num_tiles - 1) * Tile::kTokens; first >= 0; first -= Tile::kTokens) {
         x.spread(x_tile);
         grad_y.spread(grad_y_tile);
 #pragma unroll

@@ -35,13 +35,13 @@ __device__ inline void take_suffix(const TimestepNormBackwardCall& call, int64_t
             const int64_t t = start - k;
             if (t < 0) continue;
             const Normaliser norm = tokens[t];
-            const double r = norm.scale, n = running.count + static_cast<double>(t + 1);
+            const double r = norm.scale, n = running.past.count + static_cast<double>(t + 1);
             const bool is_last = t == in.T - 1;
             const double grad_mean = -r * sums[t].grad + (is_last ? grad_present[kMeanHi] : 0.0f);
             const double grad_var = -0.5 * r * r * sums[t].grad_x + (is_last ? grad_present[kVarHi] : 0.0f);
             parts[k][0] = grad_mean / n;
             parts[k][1] = grad_var / n;
-            parts[k][2] = parts[k][1] * (mean_of(norm) - running.reference);
+            parts[k][2] = parts[k][1] * (mean_of(norm) - running.past.mean);
 #pragma unroll
             for (int i = 0; i < 3; ++i) {
                 sum[i] += parts[k][i];
@@ -56,15 +56,15 @@ __device__ inline void take_suffix(const TimestepNormBackwardCall& call, int64_t
             for (int i = 0; i < 3; ++i) {
                 sum[i] += parts[k][i];
             }
-            const double offset = mean_of(tokens[t]) - running.reference;
+            const double offset = mean_of(tokens[t]) - running.past.mean;
             sums[t] = {static_cast<float>((sum[0] - 2.0 * sum[2] + 2.0 * sum[1] * offset) / size),
                        static_cast<float>(2.0 * sum[1] / (size * static_cast<double>(tokens[t].scale)))};
         }
     }
     if (threadIdx.x != 0) return;
     float* grad_past = call.grad_past + (row * in.G + g) * kNormParts;
-    grad_past[kMeanHi] = grad_past[kMeanLo] = static_cast<float>(running.count * (right[0] - 2.0 * right[2]));
-    grad_past[kVarHi] = grad_past[kVarLo] = static_cast<float>(running.count * right[1]);
+    grad_past[kMeanHi] = grad_past[kMeanLo] = static_cast<float>(running.past.count * (right[0] - 2.0 * right[2]));
+    grad_past[kVarHi] = grad_past[kVarLo] = static_cast<float>(running.past.count * right[1]);
 }
 
 /// Grid: one block of kScanThreads for each group of each row. At least one token.
@@ -74,7 +74,7 @@ __global__ void scan_gradients_kernel(TimestepNormBackwardCall call, BackwardWor
     const int64_t row = blockIdx.x / in.G, g = blockIdx.x % in.G, index = workspace_index(in, row, g, 0);
     Normaliser* tokens = workspace.tokens + index;
     GradientSums* sums = workspace.sums + index;
-    Running running(in, row, g, tokens);
+    Running running{load_past(in, row, g)};
     for (int64_t first = 0; first < in.T; first += kTileTokens) {
         take_prefix_tile(running, tokens, first, in.T, totals,
                          [&](int64_t t, const Normaliser& token, const Moments& moments) {

@@ -11,8 +11,8 @@ __global__ void prefix_kernel(TimestepNormCall call) {
     const TimestepNormInputs& in = call.in;
     const int64_t row = blockIdx.x / in.G, g = blockIdx.x % in.G, length = length_of(call, row);
     Normaliser* tokens = static_cast<Normaliser*>(call.workspace) + workspace_index(in, row, g, 0);
-    Running running(in, row, g, tokens);
-    if (length == 0 && threadIdx.x == 0) store_present(call, row, g, load_past(in, row, g));
+    Running running{load_past(in, row, g)};
+    if (length == 0 && threadIdx.x == 0) store_present(call, row, g, running.past);
     for (int64_t first = 0; first < length; first += kTileTokens) {
         take_prefix_tile(running, tokens, first, length, totals,
                          [&](int64_t t, const Normaliser&, const Moments& moments) {

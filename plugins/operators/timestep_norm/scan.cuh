@@ -1,6 +1,6 @@
 // From the moments of single tokens to those of all tokens so far, in float64.
 //
-// With n tokens before the call, m and v the tokens' moments and c the past mean (the first token's where n = 0):
+// With n tokens before the call, m and v the tokens' moments and c the past mean (0 where n = 0):
 //     mean_t = c + sum_{i<=t} (m_i - c) / (n + t + 1)
 //     var_t  = (n var_past + sum_{i<=t} (v_i + (m_i - mean_{i-1})^2 (n + i) / (n + i + 1))) / (n + t + 1)
 // which is the update of the specification summed up: two prefix sums and no cancelling squares.
@@ -44,22 +44,13 @@ __device__ inline void scan_over_block(double (&values)[kCount], double (&carry)
 
 /// Statistics of one group of one row before a tile.
 struct Running {
-    double count;      // tokens before the call
-    double reference;  // c
-    double past_spread;
-    double mean_sum[1], spread_sum[1];  // of m - c, and of the terms of var
+    Moments past;                                       // before the call; its mean is c
+    double mean_sum[1] = {0.0}, spread_sum[1] = {0.0};  // of m - c, and of the terms of var
 
-    __device__ Running(const TimestepNormInputs& in, int64_t row, int64_t g, const Normaliser* tokens)
-        : mean_sum{0.0}, spread_sum{0.0} {
-        const Moments past = load_past(in, row, g);
-        count = past.count;
-        reference = past.count == 0 ? mean_of(tokens[0]) : past.mean;
-        past_spread = past.spread;
-    }
-
+    /// Of all tokens up to the call's first `num_tokens`, whose sum of m - c is `sum`; c where there are none.
     __device__ double mean_after(double sum, double num_tokens) const {
-        const double n = count + num_tokens;
-        return n == 0 ? reference : reference + sum / n;
+        const double n = past.count + num_tokens;
+        return n == 0 ? past.mean : past.mean + sum / n;
     }
 };
 
@@ -75,7 +66,7 @@ __device__ inline void take_prefix_tile(Running& running, const Normaliser* toke
     for (int k = 0; k < kThreadTokens; ++k) {
         if (start + k >= length) continue;
         token[k] = tokens[start + k];
-        sum[0] += mean_of(token[k]) - running.reference;
+        sum[0] += mean_of(token[k]) - running.past.mean;
     }
     scan_over_block(sum, running.mean_sum, totals);
 
@@ -84,11 +75,11 @@ __device__ inline void take_prefix_tile(Running& running, const Normaliser* toke
 #pragma unroll
     for (int k = 0; k < kThreadTokens; ++k) {
         if (start + k >= length) continue;
-        const double before = running.count + static_cast<double>(start + k), own = mean_of(token[k]);
+        const double before = running.past.count + static_cast<double>(start + k), own = mean_of(token[k]);
         const double delta = own - mean;
         terms[k] = token[k].scale + delta * delta * (before / (before + 1.0));  // the packed token's scale is its var
         spread[0] += terms[k];
-        sum[0] += own - running.reference;
+        sum[0] += own - running.past.mean;
         mean = running.mean_after(sum[0], static_cast<double>(start + k + 1));
         means[k] = mean;
     }
@@ -97,8 +88,8 @@ __device__ inline void take_prefix_tile(Running& running, const Normaliser* toke
     for (int k = 0; k < kThreadTokens; ++k) {
         if (start + k >= length) continue;
         spread[0] += terms[k];
-        const double n = running.count + static_cast<double>(start + k + 1);
-        use(start + k, token[k], Moments{n, means[k], running.past_spread + spread[0]});
+        const double n = running.past.count + static_cast<double>(start + k + 1);
+        use(start + k, token[k], Moments{n, means[k], running.past.spread + spread[0]});
     }
 }
 

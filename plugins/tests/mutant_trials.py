@@ -4,14 +4,12 @@
 
 The request names the library, the numbers of the mutants, the check files and where the answers go. A rehearsal, all
 checks without a mutant, notes how long each takes and in which of them a removal would change anything: a mutant is
-then tried on those alone, the quickest first, until one fails or enough were tried, those in several orders of threads
-always. A check that fails must pass without the mutant.
+then tried on those alone, the quickest first, until one fails. A check that fails must pass without the mutant.
 """
 
 from __future__ import annotations
 
 import ctypes
-import itertools
 import json
 import mmap
 import os
@@ -41,7 +39,6 @@ class Request:
     checks: list[str]
     jobs: int
     rehearsal: str | None  # a file, written where it is missing; none: nothing is known of the checks
-    budget_seconds: float  # of checks for each mutant, as the rehearsal timed them
     answers: str  # a file, a line [number, status] for each mutant in the order in which they are known
 
 
@@ -103,11 +100,7 @@ class Trials:
         """What catches a missing barrier comes first where nothing is known of the checks."""
         if self.request.rehearsal is None:
             return sorted(checks, key=lambda check: "order" not in check.item.name)
-        chosen = sorted((check for check in checks if number in check.touched), key=lambda check: check.seconds)
-        before = itertools.accumulate((check.seconds for check in chosen), initial=0.0)
-        budget = self.request.budget_seconds
-        spent = zip(chosen, before, strict=False)
-        return [check for check, seconds in spent if seconds < budget or "order" in check.item.name]
+        return sorted((check for check in checks if number in check.touched), key=lambda check: check.seconds)
 
     def _passes(self, trial: Trial) -> bool:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # what the sanitizers say of it

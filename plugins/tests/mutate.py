@@ -33,7 +33,6 @@ TRIALS = Path(__file__).with_name("mutant_trials.py")
 CHECKS = PLUGINS.parent / "tests" / "plugins"
 ALLOWED = Path(__file__).with_name("mutants_allowed.toml")
 BUILD = PLUGINS.parent / "build" / "mutants"
-PLAIN_SECONDS, SANITIZED_SECONDS = 2.0, 3.0  # of checks for one mutant, by their time without sanitizers
 BROKEN = "does not compile"
 ALIVE = (SURVIVED, UNTOUCHED)
 
@@ -91,7 +90,6 @@ class Stage:
     builder: Builder
     environment: Callable[[Path], dict[str, str]]  # of a process that loads this library
     rehearsal: Path | None  # of another stage or of this one, where there is none yet
-    budget_seconds: float
 
     def outcomes(self, mutants: Sequence[Mutant], jobs: int) -> list[Outcome]:
         """Raises RuntimeError when a check fails on the kernels as they are: no mutant could be told from that."""
@@ -107,7 +105,6 @@ class Stage:
             checks=checks_of(mutants),
             jobs=jobs,
             rehearsal=str(self.rehearsal) if self.rehearsal else None,
-            budget_seconds=self.budget_seconds,
             answers=str(answers),
         )
         path = self.builder.folder / "request.json"
@@ -143,8 +140,7 @@ def plain_environment(library: Path) -> dict[str, str]:
 
 
 def stages(mutants: Sequence[Mutant], *, compile_soon: bool) -> list[Stage]:
-    """A few plain checks kill most mutants soon; the sanitizers take more checks of the rest. `compile_soon` is for few
-    mutants."""
+    """Plain checks kill most mutants soon, the sanitizers take the rest. `compile_soon` is for few mutants."""
     flags = ["-O0"] if compile_soon else []
     plain = Builder(BUILD / ("soon" if compile_soon else "plain"), flags, mutants)
     sanitized = Builder(BUILD / "sanitized", FLAGS, mutants)
@@ -152,8 +148,8 @@ def stages(mutants: Sequence[Mutant], *, compile_soon: bool) -> list[Stage]:
     if rehearsal:
         rehearsal.unlink(missing_ok=True)
     return [
-        Stage(plain, plain_environment, rehearsal, PLAIN_SECONDS),
-        Stage(sanitized, sanitizer_environment, rehearsal, SANITIZED_SECONDS),
+        Stage(plain, plain_environment, rehearsal),
+        Stage(sanitized, sanitizer_environment, rehearsal),
     ]
 
 

@@ -64,15 +64,15 @@ class GraphBuilder:
         return values
 
     def constant(self, value: np.ndarray | Sequence[int], name: str) -> ir.Value:
-        """A small constant of this graph, kept in the graph file; sequences of Python integers are int64.
+        """A constant of this graph; sequences of Python integers are int64.
 
         A subgraph has its own: whatever it reads from outside is handed in anew at every run.
         """
         array = np.asarray(value, None if isinstance(value, np.ndarray) else np.int64)
         key = (str(array.dtype), array.shape, array.tobytes())
         if key not in self._constant_of:
-            full = ".".join([*self._outer_scopes, "constants", name])
-            constant = ir.Value(name=self.unique(full, scoped=False), const_value=ir.tensor(array))
+            full = self.unique(".".join([*self._outer_scopes, "constants", name]), scoped=False)
+            constant = ir.Value(name=full, const_value=ir.tensor(array, name=full))
             constant.dtype, constant.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
             self._constant_of[key] = constant
         return self._constant_of[key]

@@ -125,11 +125,16 @@ def test_mistaken_options_are_named(tmp_path: Path, options: dict[str, str]) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
 
 
-def test_progress_rises_to_one(tmp_path: Path) -> None:
-    seen: list[float] = []
-    export_seeded(tmp_path, small_config(), progress=lambda stage, fraction: seen.append(fraction))
-    assert seen == sorted(seen)
-    assert 0 <= seen[0] < seen[-1] == 1
+def test_progress_names_each_tensor_and_rises_to_one(tmp_path: Path) -> None:
+    seen: list[tuple[str, float]] = []
+    config = small_config(chunk_size=64)  # rotary tables too large for the graph file
+    bundle = export_seeded(tmp_path, config, progress=lambda *step: seen.append(step))
+    fractions = [fraction for _, fraction in seen]
+    assert fractions == sorted(fractions)
+    assert 0 <= fractions[0] < fractions[-1] == 1
+    written = {stage.removeprefix("writing ") for stage, _ in seen if stage.startswith("writing ")}
+    initializers = onnx.load(bundle.model_path, load_external_data=False).graph.initializer
+    assert written == {tensor.name for tensor in initializers if tensor.external_data}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])

@@ -8,6 +8,7 @@
 
 #include "fake_engine.hpp"
 #include "megalodon/session.hpp"
+#include "refusal.hpp"
 #include "schedule.hpp"
 #include "tiny_bundle.hpp"
 
@@ -50,17 +51,6 @@ INSTANTIATE_TEST_SUITE_P(Engines, Batches,
                                          Case{"FixedShapes", {12, 64, true, false}, 4},
                                          Case{"Device", {12, 64, true, true}, 4}),
                          [](const auto& tested) { return std::string(tested.param.name); });
-
-std::string message_of(const std::function<void()>& body, ErrorKind kind) {
-    try {
-        body();
-    } catch (const Error& error) {
-        EXPECT_EQ(error.kind(), kind) << error.what();
-        return error.what();
-    }
-    ADD_FAILURE() << "nothing was thrown";
-    return "";
-}
 
 class Batch : public testing::Test {
  protected:

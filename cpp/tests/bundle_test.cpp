@@ -6,6 +6,7 @@
 
 #include "formats.hpp"
 #include "megalodon/bundle.hpp"
+#include "refusal.hpp"
 #include "tiny_bundle.hpp"
 
 namespace megalodon::test {
@@ -13,25 +14,13 @@ namespace {
 
 using Json = nlohmann::json;
 
-std::string message_of(const std::function<void()>& body) {
-    try {
-        body();
-    } catch (const Error& error) {
-        EXPECT_EQ(error.kind(), ErrorKind::bundle) << error.what();
-        EXPECT_EQ(std::string(error.what()).find('\n'), std::string::npos) << "a message is one line";
-        return error.what();
-    }
-    ADD_FAILURE() << "nothing was thrown";
-    return "";
-}
-
 std::string refusal(const std::function<void(Json&)>& change) {
     const TemporaryDirectory directory;
     write_bundle(directory.path(), {});
     Json document = Json::parse(manifest_text({}));
     change(document);
     write_text(directory.path() / kManifestFile, document.dump());
-    return message_of([&] { Bundle::open(directory.path()); });
+    return message_of([&] { Bundle::open(directory.path()); }, ErrorKind::bundle);
 }
 
 TEST(Bundle, SaysWhatTheManifestSays) {
@@ -69,16 +58,17 @@ TEST(Bundle, ADamagedManifestGetsOneClearLine) {
 TEST(Bundle, FilesAreThereWithTheirSizesAndHashes) {
     const TemporaryDirectory directory;
     const auto has = [](const std::string& text, const char* part) { return text.find(part) != std::string::npos; };
-    EXPECT_PRED2(has, message_of([&] { Bundle::open(directory.path()); }), "is not a bundle");
+    EXPECT_PRED2(has, message_of([&] { Bundle::open(directory.path()); }, ErrorKind::bundle), "is not a bundle");
     write_bundle(directory.path(), {});
     Bundle::open(directory.path(), true);
     write_text(directory.path() / kWeightsFile, "WEIGHTS");
     Bundle::open(directory.path());  // of the same size
-    EXPECT_PRED2(has, message_of([&] { Bundle::open(directory.path(), true); }), "sha256");
+    EXPECT_PRED2(has, message_of([&] { Bundle::open(directory.path(), true); }, ErrorKind::bundle), "sha256");
     write_text(directory.path() / kWeightsFile, "short");
-    EXPECT_PRED2(has, message_of([&] { Bundle::open(directory.path()); }), "has 5 bytes, manifest says 7");
+    EXPECT_PRED2(has, message_of([&] { Bundle::open(directory.path()); }, ErrorKind::bundle),
+                 "has 5 bytes, manifest says 7");
     std::filesystem::remove(directory.path() / kWeightsFile);
-    EXPECT_PRED2(has, message_of([&] { Bundle::open(directory.path()); }), "is missing");
+    EXPECT_PRED2(has, message_of([&] { Bundle::open(directory.path()); }, ErrorKind::bundle), "is missing");
 }
 
 TEST(Bundle, ATruncatedManifestIsRefusedWhereverItEnds) {
@@ -87,7 +77,7 @@ TEST(Bundle, ATruncatedManifestIsRefusedWhereverItEnds) {
     const std::string text = manifest_text({});
     for (std::size_t length = 0; length < text.size(); length += 7) {
         write_text(directory.path() / kManifestFile, text.substr(0, length));
-        message_of([&] { Bundle::open(directory.path()); });
+        message_of([&] { Bundle::open(directory.path()); }, ErrorKind::bundle);
     }
 }
 

@@ -8,6 +8,7 @@
 #include "backends/engine_info.hpp"
 #include "formats.hpp"
 #include "megalodon/session.hpp"
+#include "refusal.hpp"
 #include "tiny_bundle.hpp"
 
 namespace megalodon::test {
@@ -31,14 +32,7 @@ class Engines : public testing::Test {
     }
     EngineInfo choose() { return choose_engine(Bundle::open(directory_.path()), {"tensorrt-rtx", "1.7.1", 89}); }
     std::string refusal() {
-        try {
-            choose();
-        } catch (const Error& error) {
-            EXPECT_EQ(error.kind(), ErrorKind::engine);
-            return error.what();
-        }
-        ADD_FAILURE() << "nothing was thrown";
-        return "";
+        return message_of([&] { choose(); }, ErrorKind::engine);
     }
     TemporaryDirectory directory_;
 };

@@ -1,4 +1,4 @@
-// What tests see of the stand-in for a GPU machine (fake_gpu.cpp), by the symbol `fake_gpu_control`.
+// What tests see of the stand-in for a GPU machine (fake_device.hpp), by the symbol `fake_gpu_control`.
 #pragma once
 
 #include <cstdint>

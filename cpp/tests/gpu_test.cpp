@@ -1,4 +1,4 @@
-// The TensorRT backend on a stand-in for a GPU machine (fake_gpu.cpp): graphs, choices, memory, errors.
+// The TensorRT backend on a stand-in for a GPU machine (fake_device.hpp): graphs, choices, memory, errors.
 #include <dlfcn.h>
 #include <gtest/gtest.h>
 
@@ -11,6 +11,7 @@
 #include "files.hpp"
 #include "formats.hpp"
 #include "megalodon/log.hpp"
+#include "refusal.hpp"
 #include "schedule.hpp"
 #include "tiny_bundle.hpp"
 
@@ -62,15 +63,7 @@ class Gpu : public testing::TestWithParam<Flavour> {
     Session on_cpu() const { return Session(Bundle::open(directory_.path()), std::make_unique<FakeEngine>()); }
 
     std::string refusal(ErrorKind kind) const {
-        try {
-            Stream stream = session().stream();
-            stream.step(1);
-        } catch (const Error& error) {
-            EXPECT_EQ(error.kind(), kind) << error.what();
-            return error.what();
-        }
-        ADD_FAILURE() << "nothing was thrown";
-        return "";
+        return message_of([&] { session().stream().step(1); }, kind);
     }
 
     TemporaryDirectory directory_;

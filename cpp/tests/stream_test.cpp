@@ -7,6 +7,7 @@
 #include "fake_engine.hpp"
 #include "formats.hpp"
 #include "megalodon/session.hpp"
+#include "refusal.hpp"
 #include "safetensors.hpp"
 #include "tiny_bundle.hpp"
 
@@ -42,17 +43,6 @@ GenerateOptions sampled(std::int64_t count) {
     options.sampling.seed = 5;
     options.stop_tokens = Tokens{};
     return options;
-}
-
-std::string message_of(const std::function<void()>& body, ErrorKind kind) {
-    try {
-        body();
-    } catch (const Error& error) {
-        EXPECT_EQ(error.kind(), kind) << error.what();
-        return error.what();
-    }
-    ADD_FAILURE() << "nothing was thrown";
-    return "";
 }
 
 TEST(Stream, AnySplitGivesTheSameLogits) {

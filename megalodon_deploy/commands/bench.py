@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from megalodon_deploy.commands.common import BACKEND, OUTPUT, bundle_argument, device_option, echo_json, json_option
+from megalodon_deploy.commands.common import (
+    BACKEND,
+    OUTPUT_FILE,
+    backend_option,
+    bundle_argument,
+    device_option,
+    echo_json,
+    json_option,
+    threads_option,
+)
 from megalodon_deploy.console import format_bytes, print_table, progress_bar
 from megalodon_deploy.errors import UserError
 
@@ -17,21 +26,21 @@ if TYPE_CHECKING:
 
 @click.command()
 @bundle_argument
-@click.option("--backend", type=BACKEND, default="onnxruntime", show_default=True)
+@backend_option
 @click.option("--compare", type=BACKEND, help="Measure this backend in turns with the first.")
-@click.option("--decode-tokens", type=int, default=200, show_default=True)
-@click.option("--prompt-tokens", type=int, default=256, show_default=True)
+@click.option("--decode-tokens", type=int, default=200, show_default=True, help="Steps to time in a turn.")
+@click.option("--prompt-tokens", type=int, default=256, show_default=True, help="Prefill to time in a turn.")
 @click.option("--rounds", type=int, default=5, show_default=True, help="Turns; each starts a fresh stream.")
 @click.option("--batches", metavar="LIST", help="Also steps of so many streams in a call, like 1,2,4,8.")
 @click.option("--positions", metavar="LIST", help="Also steps so far into a stream, like 10,10000,1000000.")
-@click.option("--threads", type=int)
+@threads_option
 @device_option
-@click.option("--plot", type=OUTPUT, help="Draw time by position and throughput by batch (SVG, PNG or PDF).")
+@click.option("--plot", type=OUTPUT_FILE, help="Draw time by position and throughput by batch (SVG, PNG or PDF).")
 @json_option
 def bench(
     bundle_path: Path, batches: str | None, positions: str | None, plot: Path | None, as_json: bool, **options: Any
 ) -> None:
-    """Measure prefill and decode against this machine's memory bandwidth."""
+    """Measure speed against this machine's memory bandwidth."""
     from megalodon_deploy.bundle import open_bundle
     from megalodon_deploy.runtime.bench import bench_bundle
     from megalodon_deploy.runtime.bench.plot import check_plot_path, write_plot
@@ -42,12 +51,12 @@ def bench(
     options |= {"batches": _numbers("--batches", batches), "positions": _numbers("--positions", positions)}
     with progress_bar("bench") as progress:
         report = bench_bundle(open_bundle(bundle_path), progress=progress, **options)
-    if plot is not None:
-        write_plot(report, plot)
     if as_json:
         echo_json(report.to_dict())
     else:
         _print(report)
+    if plot is not None:
+        write_plot(report, plot)
 
 
 def _numbers(option: str, text: str | None) -> list[int]:

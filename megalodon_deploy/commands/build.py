@@ -14,8 +14,18 @@ from megalodon_deploy.console import format_bytes, progress_bar
 
 @click.command()
 @bundle_argument
-@click.option("--target", type=click.Choice(["tensorrt-rtx", "tensorrt"]), default="tensorrt-rtx", show_default=True)
-@click.option("--sm", metavar="LIST", help="Compute capabilities, an engine for each: 80,86,89,120 (tensorrt-rtx).")
+@click.option(
+    "--target",
+    type=click.Choice(["tensorrt-rtx", "tensorrt"]),
+    default="tensorrt-rtx",
+    show_default=True,
+    help="tensorrt-rtx builds on any x86-64 machine, tensorrt on the machine that has the GPU.",
+)
+@click.option(
+    "--sm",
+    metavar="LIST",
+    help="Compute capabilities, an engine for each: 80,86,89,120 (tensorrt-rtx); default: one engine for all.",
+)
 @click.option("--hardware-compatible", is_flag=True, help="One engine for all of --sm, or for Ampere and later.")
 @click.option("--version-compatible", is_flag=True, help="An engine for later TensorRT releases too (tensorrt).")
 @click.option(

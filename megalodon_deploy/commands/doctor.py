@@ -11,7 +11,7 @@ from megalodon_deploy.console import print_table
 @click.command()
 @json_option
 def doctor(as_json: bool) -> None:
-    """Show what this machine has, and what each missing part would enable."""
+    """Show what this machine has, and what it lacks for what."""
     from megalodon_deploy.doctor import diagnose
 
     findings = diagnose()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from megalodon_deploy.commands.common import BACKEND, EXISTING, OUTPUT, echo_json, json_option
+from megalodon_deploy.commands.common import BACKEND, EXISTING, OUTPUT_FILE, echo_json, json_option, threads_option
 from megalodon_deploy.console import print_table, progress_bar
+
+if TYPE_CHECKING:
+    from megalodon_deploy.evaluation import Evaluation
 
 
 @click.command("eval")
@@ -19,8 +23,8 @@ from megalodon_deploy.console import print_table, progress_bar
 @click.option("--context", type=int, help="Forget everything after so many tokens; default: never.")
 @click.option("--backend", type=BACKEND, default="onnxruntime", show_default=True, help="For a bundle.")
 @click.option("--device", default="cpu", show_default=True, help="For a checkpoint.")
-@click.option("--threads", type=int)
-@click.option("--plot", type=OUTPUT, help="Draw loss against position (.svg or .png; needs matplotlib).")
+@threads_option
+@click.option("--plot", type=OUTPUT_FILE, help="Draw loss against position (SVG, PNG or PDF).")
 @json_option
 def evaluate(
     model: Path,
@@ -35,24 +39,28 @@ def evaluate(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure how well a checkpoint or bundle predicts text, read as streams of any length."""
+    """Measure how well a checkpoint or bundle predicts text."""
     from megalodon_deploy.evaluation import evaluate as run_evaluation
     from megalodon_deploy.evaluation import open_language_model
     from megalodon_deploy.evaluation.evaluate import draw_positions
+    from megalodon_deploy.runtime.bench.plot import check_plot_path
     from megalodon_deploy.train.config import DataConfig
-    from megalodon_deploy.train.log import check_matplotlib
 
     if plot:
-        check_matplotlib("--plot")
+        check_plot_path(plot)
     source = DataConfig(paths=data, glob=glob, text_field=text_field)
     opened = open_language_model(model, backend=backend, device=device, threads=threads)
     with progress_bar("eval") as progress:
         result = run_evaluation(opened, source, max_tokens=max_tokens, context=context, progress=progress)
-    if plot:
-        draw_positions([result], plot)
     if as_json:
         echo_json(result.to_dict())
-        return
+    else:
+        _print(result)
+    if plot:
+        draw_positions([result], plot)
+
+
+def _print(result: Evaluation) -> None:
     rows = [
         (f"{part.begin:,} to {'' if part.end is None else f'{part.end:,}'}", f"{part.num_tokens:,}", f"{part.loss:.4f}")
         for part in result.positions

@@ -15,8 +15,20 @@ from megalodon_deploy.errors import CheckFailedError
 @click.command()
 @click.option("--ckpt", required=True, type=EXISTING, help="Checkpoint: a directory or a file, any supported layout.")
 @click.option("--out", required=True, type=OUTPUT, help="Bundle directory to write.")
-@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
-@click.option("--logits", type=click.Choice(["last", "all"]), default="last", show_default=True, help="Positions.")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="Type of matrices and activations; state and norms stay float32.",
+)
+@click.option(
+    "--logits",
+    type=click.Choice(["last", "all"]),
+    default="last",
+    show_default=True,
+    help="Of which tokens of a call logits come out.",
+)
 @click.option(
     "--kv-dtype",
     type=click.Choice(["activation", "fp8", "int8"]),
@@ -49,7 +61,7 @@ from megalodon_deploy.errors import CheckFailedError
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
 @json_option
 def export(ckpt: Path, out: Path, as_json: bool, **options: Any) -> None:
-    """Write a checkpoint as a bundle: an ONNX graph, its weights and a manifest."""
+    """Write a checkpoint as a bundle: ONNX graph, weights, manifest."""
     from megalodon_deploy.export import export_checkpoint
     from megalodon_deploy.inspection import inspect_bundle
 

@@ -9,7 +9,14 @@ from typing import Any
 
 import click
 
-from megalodon_deploy.commands.common import BACKEND, EXISTING, OUTPUT, bundle_argument, device_option
+from megalodon_deploy.commands.common import (
+    EXISTING,
+    OUTPUT_FILE,
+    backend_option,
+    bundle_argument,
+    device_option,
+    threads_option,
+)
 from megalodon_deploy.console import format_bytes
 from megalodon_deploy.files import atomic_file
 
@@ -18,22 +25,22 @@ from megalodon_deploy.files import atomic_file
 @bundle_argument
 @click.option("--prompt", help="Text to go on from; '-' reads standard input.")
 @click.option("--resume", type=EXISTING, help="Saved stream to go on from.")
-@click.option("--save", type=OUTPUT, help="Write the stream here at the end.")
-@click.option("--max-new-tokens", type=int, default=256, show_default=True)
+@click.option("--save", type=OUTPUT_FILE, help="Write the stream here at the end.")
+@click.option("--max-new-tokens", type=int, default=256, show_default=True, help="Stop after so many.")
 @click.option(
     "--temperature", type=float, help="0: the most probable token, the default without other sampling options."
 )
-@click.option("--top-k", type=int)
-@click.option("--top-p", type=float)
-@click.option("--min-p", type=float)
-@click.option("--repetition-penalty", type=float)
+@click.option("--top-k", type=int, help="Choose among so many most probable tokens.")
+@click.option("--top-p", type=float, help="Choose among the fewest tokens that have this probability together.")
+@click.option("--min-p", type=float, help="Leave out tokens below this share of the best one's probability.")
+@click.option("--repetition-penalty", type=float, help="Above 1: tokens seen lately become less likely.")
 @click.option("--seed", type=int, help="The same seed gives the same text.")
 @click.option("--stop", "stop_strings", multiple=True, help="Text to end before; repeatable.")
-@click.option("--backend", type=BACKEND, default="onnxruntime", show_default=True)
-@click.option("--threads", type=int)
+@backend_option
+@threads_option
 @device_option
 @click.option("--stats", is_flag=True, help="Print speed and memory on stderr at the end.")
-@click.option("--stats-json", type=OUTPUT, help="Write speed and memory here.")
+@click.option("--stats-json", type=OUTPUT_FILE, help="Write speed and memory here.")
 def generate(
     bundle_path: Path,
     prompt: str | None,

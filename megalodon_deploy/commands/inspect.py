@@ -14,7 +14,7 @@ from megalodon_deploy.console import print_table
 @bundle_argument
 @json_option
 def inspect(bundle_path: Path, as_json: bool) -> None:
-    """Show what a bundle holds: sizes, state of one stream, engines, origin."""
+    """Show what a bundle holds: sizes, engines, origin."""
     from megalodon_deploy.bundle import open_bundle
     from megalodon_deploy.inspection import inspect_bundle, inspection_rows
 

@@ -29,7 +29,9 @@ from megalodon_deploy.errors import InterruptedRunError
 def train(
     settings: tuple[str, ...], resume: bool, overwrite: bool, print_config: bool, as_json: bool, **options: Any
 ) -> None:
-    """Train a model on text: settings come from a TOML file, then from SECTION.KEY=VALUE, then from options.
+    """Train a model on text.
+
+    Settings come from a TOML file, then from SECTION.KEY=VALUE, then from options.
 
     \b
     megalodon-deploy train --data books --out run --steps 1000 model.model_dim=256 run.batch_size=16
@@ -60,8 +62,7 @@ def train(
 
 def _config(settings: tuple[str, ...], options: dict[str, Any], *, resume: bool) -> Any:
     """The run's settings; one that goes on has its own file to begin with."""
-    from megalodon_deploy.train.checkpoints import CONFIG_FILE
-    from megalodon_deploy.train.config import TrainConfig
+    from megalodon_deploy.train.config import CONFIG_FILE, TrainConfig
     from megalodon_deploy.train.settings import override, read_toml
 
     file = Path(settings[0]) if settings and "=" not in settings[0] else None

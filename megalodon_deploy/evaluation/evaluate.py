@@ -68,8 +68,9 @@ def evaluate(
 
     Raises `UserError` when there is nothing to predict, and `TrainError` for text that cannot be read.
     """
-    if (context is not None and context < 1) or (max_tokens is not None and max_tokens < 2):
-        raise UserError(f"context = {context}, max tokens = {max_tokens}: expected at least 1 and 2")
+    for what, given, least in (("context", context, 1), ("max tokens", max_tokens, 2)):
+        if given is not None and given < least:
+            raise UserError(f"{what} = {given}: at least {least} is needed to predict anything")
     report = progress or (lambda stage, fraction: None)
     losses, positions, num_documents, num_bytes, left = [], [], 0, 0.0, max_tokens or math.inf
     done = 0

@@ -38,10 +38,10 @@ from megalodon_deploy.model.checkpoint.native import PARTS_FOLDER, WEIGHTS_FILE,
 from megalodon_deploy.model.checkpoint.parts import open_parts
 from megalodon_deploy.model.checkpoint.recognise import LATEST_OF_RUN
 from megalodon_deploy.model.checkpoint.tensor_file import open_tensor_file
+from megalodon_deploy.train.config import CONFIG_FILE
 from megalodon_deploy.train.parts import load_parts, save_parts
 from megalodon_deploy.train.plan import Snapshot
 
-CONFIG_FILE = "config.toml"
 LATEST, BEST = LATEST_OF_RUN, "best"
 _CHECKPOINTS, _TRAINING = "checkpoints", "training"
 _PROGRESS, _MOMENTS, _STREAM = "progress.json", "moments.safetensors", "stream.safetensors"

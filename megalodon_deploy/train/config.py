@@ -26,6 +26,7 @@ from megalodon_deploy.train.settings import (
     to_toml,
 )
 
+CONFIG_FILE = "config.toml"  # of a run, in its folder
 BYTES = "bytes"  # the tokenizer that needs no file
 BYTE_VOCABULARY = 256  # a token is a byte
 _GROUP_DIM = 16  # scalars of a norm group of a model that follows its width

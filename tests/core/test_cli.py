@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 from megalodon_deploy import cli
@@ -26,6 +27,25 @@ def test_help_lists_every_command() -> None:
     for command in ("train", "export", "build", "verify", "generate", "bench", "inspect", "doctor"):
         assert f"\n  {command} " in result.stdout
         assert run(command, "--help").returncode == 0
+
+
+def test_every_option_says_what_it_is_for_and_every_verb_fits_its_line() -> None:
+    listed = run("--help").stdout
+    for name, command in cli.cli.commands.items():
+        assert "..." not in next(line for line in listed.splitlines() if line.startswith(f"  {name} "))
+        for option in command.params:
+            assert isinstance(option, click.Argument) or getattr(option, "help", None), f"{name} {option.name}"
+
+
+@pytest.mark.parametrize(
+    "command", [["train", "--data", ".", "--out", "x", "--steps", "1"], ["export", "--ckpt", ".", "--out", "x"]]
+)
+def test_without_pytorch_a_verb_names_the_extra(command: list[str]) -> None:
+    script = "import sys; sys.modules['torch'] = None; from megalodon_deploy.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "pip install 'megalodon-deploy[" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("code", ["import megalodon_deploy", "import megalodon_deploy.cli"])

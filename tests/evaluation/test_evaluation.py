@@ -133,9 +133,18 @@ def test_the_command_prints_and_draws(place: Path, tmp_path: Path) -> None:
     assert document["positions"][0]["loss"] == document["loss"]
 
 
-@pytest.mark.parametrize("options", [{"max_tokens": 1}, {"context": 0}])
-def test_senseless_limits_are_refused(place: Path, options: dict[str, int]) -> None:
-    with pytest.raises(UserError, match="expected at least 1 and 2"):
+def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    command = ["eval", str(tmp_path), "--data", str(tmp_path), "--plot", str(tmp_path / "loss.foo")]
+    with pytest.raises(UserError, match=r"--plot .*loss.foo: its name has to end with .svg, .png, .pdf"):
+        CliRunner().invoke(cli, command, catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [({"max_tokens": 1}, "max tokens = 1: at least 2"), ({"context": 0}, "context = 0: at least 1")],
+)
+def test_senseless_limits_are_refused(place: Path, options: dict[str, int], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
         evaluate(open_language_model(place / "checkpoint"), data(place), **options)
 
 

@@ -13,6 +13,7 @@ namespace megalodon::ort {
 struct Tensor {
     std::vector<int64_t> shape;
     const void* data;
+    ElementType type;
 
     int64_t size() const {
         int64_t product = 1;
@@ -28,6 +29,12 @@ class Call {
  public:
     Call(const Api& api, KernelContext* context) : api_(api), context_(context) {}
 
+    size_t num_inputs() const {
+        size_t count = 0;
+        check(api_.call<GetNumInputs>(context_, &count));
+        return count;
+    }
+
     Tensor input(size_t index) const {
         const Value* value = nullptr;
         check(api_.call<GetInput>(context_, index, &value));
@@ -35,7 +42,9 @@ class Call {
         check(api_.call<GetTensorInfo>(value, &info));
         size_t rank = 0;
         check(api_.call<GetNumDimensions>(info, &rank));
-        Tensor tensor{std::vector<int64_t>(rank), nullptr};
+        int32_t type = 0;
+        check(api_.call<GetElementType>(info, &type));
+        Tensor tensor{std::vector<int64_t>(rank), nullptr, static_cast<ElementType>(type)};
         check(api_.call<GetDimensions>(info, tensor.shape.data(), rank));
         api_.call<ReleaseTensorInfo>(info);
         void* data = nullptr;

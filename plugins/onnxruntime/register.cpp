@@ -1,4 +1,4 @@
-// The library's one entry: ONNX Runtime calls it with the session's options, and finds both operators.
+// The library's one entry: ONNX Runtime calls it with the session's options, and finds the operators.
 
 #include <exception>
 #include <new>
@@ -9,19 +9,22 @@
 namespace megalodon::ort {
 namespace {
 
-constexpr size_t kPositionInput = 2;  // of both operators
+constexpr int32_t kRequired = 0, kOptional = 1;  // OrtCustomOpInputOutputCharacteristic
 
 struct Kernel {
     Api api;
     float epsilon;
+    int64_t chunk_size;  // 0 where the node has none
 };
 
 Status* create_kernel(const CustomOperator*, const void* table, const KernelInfo* info, void** out) {
     const Api api(table);
-    auto* kernel = new (std::nothrow) Kernel{api, kDefaultEpsilon};
+    auto* kernel = new (std::nothrow) Kernel{api, kDefaultEpsilon, 0};
     if (!kernel) return api.call<CreateStatus>(kFail, "megalodon operator: out of memory");
-    Status* missing = api.call<GetFloatAttribute>(info, kEpsilon, &kernel->epsilon);
-    if (missing) api.call<ReleaseStatus>(missing);
+    for (Status* missing : {api.call<GetFloatAttribute>(info, kEpsilon, &kernel->epsilon),
+                            api.call<GetIntAttribute>(info, kChunkSize, &kernel->chunk_size)}) {
+        if (missing) api.call<ReleaseStatus>(missing);
+    }
     *out = kernel;
     return nullptr;
 }
@@ -44,11 +47,11 @@ CustomOperator common_operator() {
     op.destroy_kernel = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
     op.execution_provider = [](const CustomOperator*) -> const char* { return nullptr; };  // the CPU
     op.input_type = [](const CustomOperator*, size_t index) -> int32_t {
-        return index == kPositionInput ? kInt64 : kFloat;
+        return index == 2 ? kInt64 : kFloat;  // the position
     };
     op.output_type = [](const CustomOperator*, size_t) -> int32_t { return kFloat; };
     op.num_outputs = [](const CustomOperator*) -> size_t { return 2; };
-    op.input_characteristic = op.output_characteristic = [](const CustomOperator*, size_t) { return 0; };  // required
+    op.input_characteristic = op.output_characteristic = [](const CustomOperator*, size_t) { return kRequired; };
     op.input_memory_type = [](const CustomOperator*, size_t) { return 0; };
     op.variadic_input_min = op.variadic_input_same_type = op.variadic_output_min =
         op.variadic_output_same_type = [](const CustomOperator*) { return 0; };
@@ -75,6 +78,25 @@ CustomOperator timestep_norm_operator() {
     return op;
 }
 
+CustomOperator chunk_attention_operator() {
+    CustomOperator op = common_operator();
+    op.name = [](const CustomOperator*) { return kChunkAttention; };
+    op.num_inputs = [](const CustomOperator*) -> size_t { return 8; };
+    op.num_outputs = [](const CustomOperator*) -> size_t { return 1; };
+    op.input_type = [](const CustomOperator*, size_t index) -> int32_t {
+        if (index == 3 || index == 4) return kAnyType;  // memory, which may be of 8 bits
+        return index == 5 ? kInt64 : kFloat;
+    };
+    op.input_characteristic = [](const CustomOperator*, size_t index) -> int32_t {
+        return index < 6 ? kRequired : kOptional;  // scales
+    };
+    op.compute = [](void* kernel, KernelContext* context) {
+        return guarded(kernel, context,
+                       [](const Call& call, const Kernel& own) { chunk_attention(call, own.chunk_size); });
+    };
+    return op;
+}
+
 }  // namespace
 }  // namespace megalodon::ort
 
@@ -89,7 +111,8 @@ extern "C" __attribute__((visibility("default"))) megalodon::ort::Status* Regist
     const Api api(table);
     CustomOpDomain* domain = nullptr;
     if (Status* status = api.call<CreateCustomOpDomain>(megalodon::kOperatorDomain, &domain)) return status;
-    static const CustomOperator operators[] = {complex_ema_operator(), timestep_norm_operator()};
+    static const CustomOperator operators[] = {chunk_attention_operator(), complex_ema_operator(),
+                                               timestep_norm_operator()};
     for (const CustomOperator& op : operators) {
         if (Status* status = api.call<CustomOpDomainAdd>(domain, &op)) return status;
     }

@@ -40,7 +40,7 @@ constexpr int kArenaAllocator = 1;
 constexpr int kDefaultMemory = 0;
 
 // ONNX's numbers for element types.
-enum ElementType { kFloat = 1, kInt8 = 3, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16, kFloat8E4M3 = 17 };
+enum ElementType { kAnyType = 0, kFloat = 1, kInt8 = 3, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16, kFloat8E4M3 = 17 };
 
 // Functions by their place in the table; all but the releases return null or a status to be released.
 template <typename Signature, int place>
@@ -85,10 +85,13 @@ using CreateCustomOpDomain = Function<Status*(const char* domain, CustomOpDomain
 using CustomOpDomainAdd = Function<Status*(CustomOpDomain*, const CustomOperator*), 27>;
 using AddCustomOpDomain = Function<Status*(SessionOptions*, CustomOpDomain*), 28>;
 using GetTensorData = Function<Status*(Value*, void** out), 51>;
+using GetElementType = Function<Status*(const TensorInfo*, std::int32_t* out), 60>;
 using GetNumDimensions = Function<Status*(const TensorInfo*, std::size_t* out), 61>;
 using GetDimensions = Function<Status*(const TensorInfo*, std::int64_t* out, std::size_t count), 62>;
 using GetTensorInfo = Function<Status*(const Value*, TensorInfo** out), 65>;
 using GetFloatAttribute = Function<Status*(const KernelInfo*, const char* name, float* out), 85>;
+using GetIntAttribute = Function<Status*(const KernelInfo*, const char* name, std::int64_t* out), 86>;
+using GetNumInputs = Function<Status*(const KernelContext*, std::size_t* out), 88>;
 using GetInput = Function<Status*(const KernelContext*, std::size_t index, const Value** out), 90>;
 using GetOutput =
     Function<Status*(KernelContext*, std::size_t index, const std::int64_t* shape, std::size_t rank, Value** out), 91>;

@@ -11,12 +11,14 @@ import ctypes
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from threading import Thread
 
 _MADV_HUGEPAGE = 14
 _MADV_COLLAPSE = 25  # Linux 6.1: at once; before that the kernel takes its time
 _MIN_REGION_BYTES = 16 << 20  # weights, but no thread's stack
+_PIECE_BYTES = 16 << 20  # asked for at a time: Linux gives up a request where its memory changes meanwhile
 
 Region = tuple[int, int]  # first address, address after the last
 
@@ -38,7 +40,14 @@ def _advise(regions: set[Region]) -> None:
     madvise = ctypes.CDLL(None).madvise
     for start, end in regions:
         for advice in (_MADV_HUGEPAGE, _MADV_COLLAPSE):
-            madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), ctypes.c_int(advice))
+            for first, last in pairwise(_piece_edges(start, end)):
+                madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(advice))
+
+
+def _piece_edges(start: int, end: int) -> list[int]:
+    """Edges between huge pages, so that no huge page is cut."""
+    first = -(-start // _PIECE_BYTES) * _PIECE_BYTES
+    return [start, *range(first, end, _PIECE_BYTES), end]
 
 
 def _private_regions() -> Iterator[Region]:

@@ -156,6 +156,8 @@ class Manifest:
             raise BundleError(f"{where}: key {error} is missing; export the checkpoint again") from error
         except (TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"{where}: {error}") from error
+        if manifest.tokenizer.file is not None and manifest.tokenizer.file not in manifest.files:
+            raise BundleError(f"{where}: {manifest.tokenizer.file} is not listed in its files")
         if document.get("state") != _state_table(manifest.config):
             raise BundleError(f"{where}: the state table does not follow from its config; export the checkpoint again")
         if document.get("fingerprint") != manifest.fingerprint:

@@ -46,8 +46,8 @@ def diagnose() -> list[Finding]:
         Finding("GPU", visible_gpus(), "running engines", "none is visible to the CUDA driver"),
         Finding("nvcc", _nvcc(), "compiling the plugin library", _extra("cuda-compiler")),
         Finding("TensorRT headers", _tensorrt_headers(), "compiling the plugin library", "set TENSORRT_ROOT"),
-        Finding("plugin library", _plugin_library(), "build with our plugins", "make plugins"),
-        Finding("CPU operators", _cpu_operators(), "faster onnxruntime sessions", "make plugins"),
+        Finding("plugin library", _plugin_library(), "build with our plugins", "make plugins, in a clone"),
+        Finding("CPU operators", _cpu_operators(), "faster onnxruntime sessions", "make plugins, in a clone"),
     ]
 
 

@@ -55,6 +55,11 @@ def find_plugin_library() -> Path:
     path = default_build_dir() / LIBRARY_FILE
     if path.is_file():
         return path
+    if repository_root() is None:
+        raise MissingDependencyError(
+            f"{path} is missing, and an installed package has no sources to build it of: in a clone of the repository "
+            f"run `make plugins`, then set {LIBRARY_VARIABLE} to its build/plugins/{LIBRARY_FILE}"
+        )
     raise MissingDependencyError(
         f"{path} is missing; build it: python -m megalodon_deploy.engine.toolchain build-plugins, "
         f"or set {LIBRARY_VARIABLE}"

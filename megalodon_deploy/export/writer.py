@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -25,10 +26,11 @@ from megalodon_deploy.bundle import (
     Manifest,
     Precision,
     TokenizerInfo,
+    TokenizerKind,
     open_bundle,
 )
 from megalodon_deploy.config import KeyValueType, MegalodonConfig
-from megalodon_deploy.errors import BundleError, UserError
+from megalodon_deploy.errors import BundleError, MissingDependencyError, UserError
 from megalodon_deploy.export.calibration import Calibration
 from megalodon_deploy.export.graph import build_model
 from megalodon_deploy.export.operators.schema import register_schemas
@@ -38,6 +40,7 @@ from megalodon_deploy.export.weights import check_quantization, matrix_inputs
 from megalodon_deploy.files import atomic_directory
 from megalodon_deploy.model.checkpoint import Checkpoint, TokenizerSource, read_checkpoint
 from megalodon_deploy.quantization import Quantization, plan_quantization
+from megalodon_deploy.tokenizers import read_tokenizer
 
 Progress = Callable[[str, float], None]
 
@@ -188,10 +191,15 @@ def _add_shapes(path: Path) -> None:
 
 
 def _tokenizer(checkpoint: Checkpoint, chosen: Path | None) -> TokenizerSource:
-    found = checkpoint.tokenizer or TokenizerSource("none")
-    if chosen is None:
-        return found
-    return TokenizerSource("tokenizer.json" if chosen.suffix == ".json" else "sentencepiece", chosen, found.stop_tokens)
+    """Raises `BundleError` for a file that is no tokenizer, as far as the packages that are installed can tell."""
+    source = checkpoint.tokenizer or TokenizerSource("none")
+    if chosen is not None:
+        kind: TokenizerKind = "tokenizer.json" if chosen.suffix == ".json" else "sentencepiece"
+        source = TokenizerSource(kind, chosen, source.stop_tokens)
+    if source.file is not None:
+        with suppress(MissingDependencyError):
+            read_tokenizer(source.file, sentencepiece=source.kind == "sentencepiece")
+    return source
 
 
 def _copy_tokenizer(source: TokenizerSource, directory: Path) -> TokenizerInfo:

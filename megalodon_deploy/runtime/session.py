@@ -101,27 +101,32 @@ def _open_executor(bundle: Bundle, options: _Options) -> Executor:
     if backend == "onnxruntime":
         from megalodon_deploy.runtime.executors.onnxruntime_cuda import OnnxRuntimeCudaExecutor, import_for_cuda
 
+        index = _gpu_index(options)
         import_for_cuda()  # what is missing is said before the GPU is looked for
-        return OnnxRuntimeCudaExecutor(bundle, _open_gpu(options), threads=threads)
+        return OnnxRuntimeCudaExecutor(bundle, _open_gpu(index, options.stream), threads=threads)
     from megalodon_deploy.engine.targets import check_flavour
     from megalodon_deploy.runtime.executors.tensorrt import TensorRTExecutor, import_tensorrt
 
-    flavour = check_flavour(backend)
+    index, flavour = _gpu_index(options), check_flavour(backend)
     import_tensorrt(flavour)
-    return TensorRTExecutor(bundle, flavour, _open_gpu(options))
+    return TensorRTExecutor(bundle, flavour, _open_gpu(index, options.stream))
 
 
-def _open_gpu(options: _Options) -> Gpu:
+def _gpu_index(options: _Options) -> int | None:
     found = re.fullmatch(r"cuda(?::(\d+))?", options.device or "cuda")
     if found is None:
+        cpu = "'cpu', " if options.backend == "onnxruntime" else ""
         raise UserError(
-            f"device = {options.device!r}: {options.backend} runs on 'cuda', or 'cuda:1' for the second GPU"
+            f"device = {options.device!r}: {options.backend} runs on {cpu}'cuda', or 'cuda:1' for the second GPU"
         )
+    return None if found[1] is None else int(found[1])
+
+
+def _open_gpu(index: int | None, stream: object | None) -> Gpu:
     from megalodon_deploy.runtime.cuda.driver import CudaGpu
     from megalodon_deploy.runtime.device_array import stream_handle
 
-    index = None if found[1] is None else int(found[1])
-    return CudaGpu(index, None if options.stream is None else stream_handle(options.stream))
+    return CudaGpu(index, None if stream is None else stream_handle(stream))
 
 
 class Session:

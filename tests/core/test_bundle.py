@@ -60,6 +60,7 @@ def _edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda d: d["files"].update({"/etc/x": d["files"]["model.onnx"]}), "leaves the bundle"),
         (lambda d: d.update(files=[]), "manifest.json"),
         (lambda d: d.update(tokenizer={"kind": "bytes", "file": "x", "stop_tokens": []}), "tokenizer bytes"),
+        (lambda d: d.update(tokenizer={"kind": "tokenizer.json", "file": "x", "stop_tokens": []}), "x is not listed"),
     ],
 )
 def test_changed_manifest(bundle_dir: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:

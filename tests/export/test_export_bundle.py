@@ -107,13 +107,35 @@ def test_manifest(tmp_path: Path) -> None:
     assert export_checkpoint(tmp_path / "ckpt", tmp_path / "unnamed").manifest.name == "unnamed"
 
 
+def write_tokenizer(path: Path) -> None:
+    if path.suffix == ".json":
+        from tokenizers import Tokenizer, models
+
+        Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(path))
+        return
+    from sentencepiece import SentencePieceTrainer
+
+    options = {"vocab_size": 9, "model_type": "char", "minloglevel": 2}
+    with path.open("wb") as file:
+        SentencePieceTrainer.train(sentence_iterator=iter(["ab cd ef"]), model_writer=file, **options)
+
+
 @pytest.mark.parametrize(("file", "kind"), [("tokenizer.json", "tokenizer.json"), ("words.model", "sentencepiece")])
 def test_tokenizer_is_copied(tmp_path: Path, file: str, kind: str) -> None:
-    (tmp_path / file).write_bytes(b"words")
+    write_tokenizer(tmp_path / file)
     bundle = export_seeded(tmp_path, small_config(), tokenizer=tmp_path / file)
     assert bundle.manifest.tokenizer.kind == kind
     assert bundle.manifest.tokenizer.file in bundle.manifest.files
-    assert (bundle.path / str(bundle.manifest.tokenizer.file)).read_bytes() == b"words"
+    copied = bundle.path / str(bundle.manifest.tokenizer.file)
+    assert copied.read_bytes() == (tmp_path / file).read_bytes()
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "words.model"])
+def test_what_is_no_tokenizer_is_not_exported(tmp_path: Path, file: str) -> None:
+    (tmp_path / file).write_bytes(b"words")
+    with pytest.raises(BundleError, match=file):
+        export_seeded(tmp_path, small_config(), tokenizer=tmp_path / file)
+    assert {path.name for path in tmp_path.iterdir()} == {"ckpt", file}
 
 
 @pytest.mark.parametrize(

@@ -333,6 +333,8 @@ def test_session_options_are_checked(session: Session) -> None:
     for device in ("tpu", "cuda:", "cuda:x", "cuda1"):
         with pytest.raises(UserError, match=f"device = '{device}'"):
             session.bundle.session("tensorrt-rtx", device=device)
+        with pytest.raises(UserError, match=f"device = '{device}': onnxruntime runs on 'cpu', 'cuda'"):
+            session.bundle.session("onnxruntime", device=device)
     for options in ({"backend": "torch"}, {"device": "cpu"}, {}):
         with pytest.raises(UserError, match="stream"):
             session.bundle.session(**options, stream=1)

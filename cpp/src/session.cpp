@@ -28,8 +28,9 @@ class Detokenizer {
     detail::Utf8Decoder decoder_;
 };
 
-void check(const GenerateOptions& options, const Tokenizer* tokenizer) {
+void check(const GenerateOptions& options, const Tokenizer* tokenizer, const TokenCallback& callback) {
     check(options.sampling);
+    if (!callback) throw Error(ErrorKind::invalid_argument, "generate was given no callback");
     if (options.max_new_tokens && *options.max_new_tokens < 1) {
         throw Error(ErrorKind::invalid_argument,
                     "max_new_tokens = " + std::to_string(*options.max_new_tokens) + " is not a positive integer");
@@ -96,7 +97,7 @@ Finish Stream::generate(const std::vector<std::int64_t>& prompt, const GenerateO
                         const TokenCallback& callback) {
     detail::StreamState& stream = state();
     const auto tokenizer = stream.session().tokenizer;
-    check(options, tokenizer.get());
+    check(options, tokenizer.get(), callback);
     detail::StopStrings stops(options.stop_strings);
     const auto& ends = options.stop_tokens ? *options.stop_tokens : stream.session().manifest().stop_tokens;
     const std::set<std::int64_t> stop_tokens(ends.begin(), ends.end());

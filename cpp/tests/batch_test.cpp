@@ -177,6 +177,17 @@ TEST_F(Batch, HandlesKeepAliveWhatTheyNeed) {
     EXPECT_EQ(fork.position(), 1);
 }
 
+TEST_F(Batch, WhatWasMovedFromIsNotEmpty) {
+    Session session = make_session(), moved_session = std::move(session);
+    StreamBatch batch = moved_session.batch(2), moved_batch = std::move(batch);
+    Stream stream = moved_batch.admit();
+    stream.prefill({1, 2, 3});
+    const Snapshot snapshot = stream.snapshot();
+    Snapshot copy = snapshot, moved = std::move(copy);
+    EXPECT_EQ(batch.admit(copy).position(), 3);  // NOLINT: that is the question
+    EXPECT_EQ(session.resume(moved).position(), 3);
+}
+
 TEST_F(Batch, AnEnginesErrorReachesTheCaller) {
     Session session = make_session();
     Stream stream = session.stream();

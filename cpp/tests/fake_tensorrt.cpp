@@ -198,10 +198,15 @@ FakeCudaEngine::~FakeCudaEngine() noexcept {
     delete reinterpret_cast<EngineImpl*>(mImpl);
 }
 
+trt::ILogger* logger = nullptr;  // that was given last
+
 // A serialised engine of the stand-in is the length of its chunks.
 trt::ICudaEngine* deserialize(Object*, const void* data, std::size_t bytes) {
     const std::string text(static_cast<const char*>(data), bytes);
-    if (text.find_first_not_of("0123456789") != std::string::npos) return nullptr;
+    if (text.find_first_not_of("0123456789") != std::string::npos) {
+        logger->log(trt::ILogger::Severity::kERROR, "no engine\nof the stand-in");
+        return nullptr;
+    }
     auto* impl = new EngineImpl(std::stoll(text));
     impl->table = engine_table().address();
     return new FakeCudaEngine(impl);
@@ -225,14 +230,15 @@ using namespace megalodon::test;
 FAKE_EXPORT std::int32_t getInferLibVersion() {
     return fake_gpu_control.tensorrt_version;
 }
-FAKE_EXPORT void* createInferRuntime_INTERNAL(void* logger, std::int32_t version) {
+FAKE_EXPORT void* createInferRuntime_INTERNAL(void* given, std::int32_t version) {
     using V = trt::apiv::VRuntime;
     using Deserialize = trt::ICudaEngine* (V::*)(const void*, std::size_t) noexcept;
     static const Table table = Table()
                                    .with(static_cast<Deserialize>(&V::deserializeCudaEngine), &deserialize)
                                    .with(&V::getPluginRegistry, &registry);
     static Object object{table.address()};
-    static_cast<trt::ILogger*>(logger)->log(trt::ILogger::Severity::kWARNING, "a warning of the stand-in");
+    logger = static_cast<trt::ILogger*>(given);
+    logger->log(trt::ILogger::Severity::kWARNING, "a warning of the stand-in");
     if (version != fake_gpu_control.tensorrt_version) return nullptr;
     return static_cast<trt::IRuntime*>(new FakeRuntime(&object));
 }

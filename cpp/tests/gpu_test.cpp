@@ -38,20 +38,23 @@ class Gpu : public testing::TestWithParam<Flavour> {
         control_->tensorrt_version = GetParam().number;
         ::setenv("MEGALODON_CUDA_DRIVER", GetParam().library, 1);
         write_bundle(directory_.path(), {});
-        const auto folder = directory_.path() / kEnginesDir / "only";
-        std::filesystem::create_directories(folder);
-        write_text(folder / kEngineFile, "12");
+        std::filesystem::create_directories(directory_.path() / kEnginesDir / "only");
         info_ = engine_json("only");
         info_["flavour"] = GetParam().backend;
         info_["version"] = GetParam().version;
-        info_["engine"] = {{"sha256", detail::sha256_file(folder / kEngineFile)}, {"size_bytes", 2}};
-        write_info();
+        write_engine("12");
     }
     void TearDown() override {
         EXPECT_EQ(control_->num_live, 0) << "not everything was given back";
         ::unsetenv("MEGALODON_CUDA_DRIVER");
     }
 
+    void write_engine(const std::string& text) {
+        const auto path = directory_.path() / kEnginesDir / "only" / kEngineFile;
+        write_text(path, text);
+        info_["engine"] = {{"sha256", detail::sha256_file(path)}, {"size_bytes", text.size()}};
+        write_info();
+    }
     void write_info() { write_text(directory_.path() / kEnginesDir / "only" / kEngineInfoFile, info_.dump()); }
 
     Session session() const {
@@ -141,6 +144,9 @@ TEST_P(Gpu, WhatIsRefusedIsOneLineAndNothingIsLost) {
     control_->refuses_calls = true;
     EXPECT_PRED2(has, refusal(ErrorKind::engine), "TensorRT refused the call (it gave no reason)");
     control_->refuses_calls = false;
+    write_engine("damaged");
+    EXPECT_PRED2(has, refusal(ErrorKind::engine), "TensorRT cannot load it (no engine of the stand-in)");
+    write_engine("12");
     info_["plugin_library"]["abi_version"] = 1;
     write_info();
     EXPECT_PRED2(has, refusal(ErrorKind::engine), "calls plugins of ABI version 1");

@@ -138,6 +138,9 @@ TEST(Stream, RefusesWhatMakesNoSense) {
     options.max_new_tokens = 0;
     EXPECT_NE(generate(options).find("max_new_tokens = 0"), std::string::npos);
     options.max_new_tokens = 1;
+    EXPECT_NE(message_of([&] { stream.generate(Tokens{1}, options, nullptr); }, ErrorKind::invalid_argument)
+                  .find("no callback"),
+              std::string::npos);
     options.stop_strings = {""};
     EXPECT_NE(generate(options).find("stop_strings"), std::string::npos);
     options.stop_strings.clear();

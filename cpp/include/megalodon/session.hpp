@@ -55,6 +55,10 @@ class MEGALODON_API Snapshot {
     // Writes the file whole or not at all. Throws Error: state when the stream went non-finite, io.
     void save(const std::filesystem::path& path) const;
 
+    // Handles of this kind share what they stand for; moving is copying, and leaves nothing empty behind.
+    Snapshot(const Snapshot&) = default;
+    Snapshot& operator=(const Snapshot&) = default;
+
  private:
     friend class Stream;
     friend class StreamBatch;
@@ -114,6 +118,9 @@ struct Sample {
 // Slots for streams that advance together, each at its own position. A slot needs no clearing between streams.
 class MEGALODON_API StreamBatch {
  public:
+    StreamBatch(const StreamBatch&) = default;  // as of Snapshot
+    StreamBatch& operator=(const StreamBatch&) = default;
+
     std::int64_t num_slots() const;
     std::int64_t num_free() const;
 
@@ -161,6 +168,8 @@ class MEGALODON_API Session {
     // Throws Error: missing_library, engine, bundle, invalid_argument.
     explicit Session(const Bundle& bundle, const SessionOptions& options = {});
     Session(const Bundle& bundle, std::unique_ptr<Engine> engine);
+    Session(const Session&) = default;  // as of Snapshot
+    Session& operator=(const Session&) = default;
 
     const Bundle& bundle() const;
     const char* backend() const;

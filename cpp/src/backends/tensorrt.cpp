@@ -4,6 +4,7 @@
 
 #include <NvInferRuntime.h>
 
+#include <algorithm>
 #include <mutex>
 
 #include "logging.hpp"
@@ -31,6 +32,7 @@ class Messages : public trt::ILogger {
             if (is_error) {
                 const std::lock_guard<std::mutex> lock(mutex_);
                 last_error_ = text;
+                std::replace(last_error_.begin(), last_error_.end(), '\n', ' ');
             }
             const LogLevel level = is_error                         ? LogLevel::error
                                    : severity == Severity::kWARNING ? LogLevel::warning

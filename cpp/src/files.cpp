@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <openssl/evp.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -51,6 +52,31 @@ void append(int descriptor, const fs::path& path, const void* data, std::size_t 
         bytes -= static_cast<std::size_t>(written);
     }
 }
+
+// While it lives, a file that grows beyond the process's limit (ulimit -f) is an error of `write`, as a full disk is,
+// and no signal that ends the process.
+class NoSizeSignal {
+ public:
+    NoSizeSignal() {
+        ::sigemptyset(&signal_);
+        ::sigaddset(&signal_, SIGXFSZ);
+        sigset_t pending;
+        ::sigpending(&pending);
+        was_pending_ = ::sigismember(&pending, SIGXFSZ) == 1;
+        ::pthread_sigmask(SIG_BLOCK, &signal_, &before_);
+    }
+    ~NoSizeSignal() {
+        const timespec now{};
+        if (!was_pending_) ::sigtimedwait(&signal_, nullptr, &now);  // takes the one that came meanwhile
+        ::pthread_sigmask(SIG_SETMASK, &before_, nullptr);
+    }
+    NoSizeSignal(const NoSizeSignal&) = delete;
+    NoSizeSignal& operator=(const NoSizeSignal&) = delete;
+
+ private:
+    sigset_t signal_, before_;
+    bool was_pending_;
+};
 
 // A name that is free. A process that was killed may have left one behind, and in a container the next has its number.
 fs::path temporary_beside(const fs::path& target) {
@@ -134,6 +160,7 @@ void write_atomically(const fs::path& target, const std::function<void(const App
     const fs::path folder = target.has_parent_path() ? target.parent_path() : fs::path(".");
     std::error_code error;
     fs::create_directories(folder, error);  // when it fails, opening the file says why
+    const NoSizeSignal no_signal;
     TemporaryFile temporary(temporary_beside(folder / target.filename()));
     {
         const Descriptor file(temporary.path(), O_WRONLY | O_CREAT | O_EXCL, 0666);

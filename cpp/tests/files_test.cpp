@@ -1,9 +1,10 @@
 #include "files.hpp"
 
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
-#include "megalodon/error.hpp"
+#include "refusal.hpp"
 #include "tiny_bundle.hpp"
 
 namespace megalodon::test {
@@ -45,13 +46,25 @@ TEST(Files, WhatAKilledProcessLeftIsNoObstacle) {
 }
 
 TEST(Files, APlaceThatCannotBeWrittenIsNamed) {
-    try {
-        write_atomically("/proc/none/file", [](const Append&) {});
-        FAIL();
-    } catch (const Error& error) {
-        EXPECT_EQ(error.kind(), ErrorKind::io);
-        EXPECT_NE(std::string(error.what()).find("/proc/none/file"), std::string::npos);
-    }
+    const std::string what =
+        message_of([] { write_atomically("/proc/none/file", [](const Append&) {}); }, ErrorKind::io);
+    EXPECT_NE(what.find("/proc/none/file"), std::string::npos);
+}
+
+TEST(Files, AFileBeyondTheProcesssLimitIsAnErrorAndNoSignal) {
+    const TemporaryDirectory directory;
+    const auto path = directory.path() / "file";
+    write_text(path, "old");
+    rlimit before{};
+    ASSERT_EQ(::getrlimit(RLIMIT_FSIZE, &before), 0);
+    const rlimit four_bytes{4, before.rlim_max};
+    ::setrlimit(RLIMIT_FSIZE, &four_bytes);
+    const std::string what =
+        message_of([&] { write_atomically(path, [](const Append& append) { append("12345678", 8); }); }, ErrorKind::io);
+    ::setrlimit(RLIMIT_FSIZE, &before);
+    EXPECT_NE(what.find("File too large"), std::string::npos) << what;
+    EXPECT_EQ(detail::read_text(path), "old");
+    EXPECT_EQ(std::distance(std::filesystem::directory_iterator(directory.path()), {}), 1);
 }
 
 }  // namespace

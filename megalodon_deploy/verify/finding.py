@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+import numpy as np
 
 _WORDS = {
     "key": "keys of layer {}",
@@ -68,9 +71,15 @@ class Finding:
         return self.problem is None and self.error <= self.tolerance and self.relative_error <= self.tolerance
 
     @property
+    def worst_error(self) -> float:
+        """The larger of the two; NaN if one is."""
+        return float(np.maximum(self.error, self.relative_error))
+
+    @property
     def share(self) -> float:
-        """Error over tolerance; infinite where nothing could be compared."""
-        return float("inf") if self.problem is not None else max(self.error, self.relative_error) / self.tolerance
+        """Error over tolerance; infinite where nothing could be compared, or the error is NaN."""
+        is_nothing = self.problem is not None or math.isnan(self.worst_error)
+        return math.inf if is_nothing else self.worst_error / self.tolerance
 
     def __bool__(self) -> bool:
         return self.passed
@@ -81,7 +90,7 @@ class Finding:
         if self.problem is not None:
             return f"{where}: {self.problem}"
         return (
-            f"{where}: error {max(self.error, self.relative_error):.2g} against {self.reference}, "
+            f"{where}: error {self.worst_error:.2g} against {self.reference}, "
             f"tolerance {self.tolerance:.2g}, at index {list(self.index)} (token {self.position}): "
             f"{self.found:.6g} instead of {self.expected:.6g}"
         )

@@ -177,7 +177,7 @@ def _row(finding: Finding) -> tuple[str, ...]:
     place = f"{finding.tensor}, {finding.schedule} call {finding.call}, {finding.reference}"
     if finding.problem is not None:
         return (finding.candidate, finding.kind, "-", "-", place, f"{verdict}: {finding.problem}")
-    numbers = (f"{max(finding.error, finding.relative_error):.1e}", f"{finding.tolerance:.1e}")
+    numbers = (f"{finding.worst_error:.1e}", f"{finding.tolerance:.1e}")
     return (finding.candidate, finding.kind, *numbers, place, verdict)
 
 
@@ -201,9 +201,9 @@ def _bisection_json(bisection: Bisection) -> dict[str, Any]:
 
 
 def _finding_json(finding: Finding) -> dict[str, Any]:
-    """A finding without the numbers that mean nothing: JSON has no infinity."""
-    values = {"passed": finding.passed} | dataclasses.asdict(finding)
+    """A finding without the numbers that mean nothing."""
+    values: dict[str, Any] = {"passed": finding.passed} | dataclasses.asdict(finding)
     if finding.problem is not None:
         for name in _MEASURED:
             del values[name]
-    return values
+    return {name: _without_nan(value) for name, value in values.items()}

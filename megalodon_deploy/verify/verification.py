@@ -10,7 +10,7 @@ from pathlib import Path
 from polygraphy.comparator import RunResults
 
 from megalodon_deploy.bundle import Bundle
-from megalodon_deploy.errors import UserError
+from megalodon_deploy.errors import BundleError, UserError
 from megalodon_deploy.model.megalodon import Megalodon
 from megalodon_deploy.runtime.executors.onnxruntime import missing_on_cpu
 from megalodon_deploy.runtime.session import open_session
@@ -112,6 +112,7 @@ def _compute_references(
     bundle: Bundle, options: VerifyOptions, schedules: tuple[Schedule, ...], tick: Tick
 ) -> _Reference:
     model, source = load_reference(bundle, options.ckpt)
+    reading = _read_text(bundle, model, options.text)  # first: a text that cannot be read is said at once
     activation = ACTIVATIONS[bundle.manifest.precision]
     prepared = []
     for seed, schedule in enumerate(schedules):
@@ -122,15 +123,18 @@ def _compute_references(
             CallByCallRunner(model, schedule, start, name="PyTorch, call by call"),
         ]
         prepared.append(_Prepared(schedule, feeds, start, run_references(schedule, runners, feeds, tick)))
-    return _Reference(prepared, source, _read_text(bundle, model, options.text))
+    return _Reference(prepared, source, reading)
 
 
 def _read_text(bundle: Bundle, model: Megalodon, chosen: str | Path | None) -> TextReading | NotRun:
-    """A text that the user chose has to be readable; the default one may not fit the model."""
+    """A text that the user chose has to be readable; the default one may not fit the model. A damaged tokenizer is an
+    error in any case."""
     if chosen is not None:
         return read_text(bundle, model, Path(chosen))
     try:
         return read_text(bundle, model, default_text())
+    except BundleError:
+        raise
     except UserError as error:
         return NotRun("text", str(error))
 

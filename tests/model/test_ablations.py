@@ -49,7 +49,7 @@ def test_a_variant_differs_streams_and_is_saved(variant: dict[str, Any], tmp_pat
     released.load_state_dict(model.state_dict() | (released.state_dict() if variant == {"ema": "none"} else {}))
     if "ema" not in variant:
         tokens = torch.randint(50, (1, 9))
-        assert not torch.allclose(model(tokens)[0], released(tokens)[0], atol=1e-3)
+        assert (model(tokens)[0] - released(tokens)[0]).abs().max() > 1e-3
     tokens = torch.randint(50, (2, 31))
     whole, _ = model(tokens)
     state, parts = None, []
@@ -120,7 +120,8 @@ def test_without_its_norm_attention_sees_the_size_of_z() -> None:
             for layer in model.layers:
                 layer.mega.wz.weight *= 3
                 layer.mega.wz.bias *= 3
-        assert torch.allclose(model(tokens)[0], before, rtol=1e-6, atol=1e-6) == attention_norm
+        change = float((model(tokens)[0] - before).abs().max())
+        assert change < 1e-6 if attention_norm else change > 1e-6
 
 
 def test_a_real_average_is_exported_as_the_released_model(tmp_path: Path) -> None:

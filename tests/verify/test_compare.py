@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -143,6 +145,24 @@ def test_small_errors_everywhere_are_a_miss() -> None:
     assert miss.error < miss.tolerance < miss.relative_error
     assert miss.share == pytest.approx(miss.relative_error / miss.tolerance)
     assert (miss.tensor, miss.missed_rows) == (LOGITS, (1,))
+
+
+@pytest.mark.parametrize("which", ["error", "relative_error"])
+def test_an_error_that_is_nan_is_the_worst_of_all(which: str) -> None:
+    """Python's `max` and comparisons pass it over."""
+    right = compare(right_outputs())[0]
+    finding = dataclasses.replace(right, **{which: math.nan})
+    assert not finding.passed
+    assert finding.share == math.inf
+    assert "nan" in finding.describe()
+
+
+def test_numbers_whose_difference_overflows_are_a_miss() -> None:
+    found = right_outputs()
+    found[LOGITS][0, 0, 0] = -np.finfo(np.float32).max
+    with np.errstate(over="ignore"):
+        (miss,) = misses(found)
+    assert miss.share > 1e30
 
 
 def test_a_small_number_in_a_large_tensor_is_held_against_the_tensor() -> None:

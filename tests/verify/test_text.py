@@ -12,11 +12,12 @@ from verify import graph_faults as faults
 from verify.graph_faults import change_weight, spoil
 
 from megalodon_deploy.bundle import Bundle
-from megalodon_deploy.errors import UserError
+from megalodon_deploy.errors import BundleError, UserError
 from megalodon_deploy.export import export_checkpoint, load_bundle_model
 from megalodon_deploy.model.checkpoint import save_checkpoint
 from megalodon_deploy.model.megalodon import Megalodon
 from megalodon_deploy.runtime.session import open_session
+from megalodon_deploy.verify import text as text_module
 from megalodon_deploy.verify import verify_bundle
 from megalodon_deploy.verify.text import compare_text, divergences, read_text
 
@@ -76,6 +77,17 @@ def test_what_cannot_be_read_is_refused(bundle: Bundle, tmp_path: Path) -> None:
     for name, complaint in (("short", "1 tokens, two are needed"), ("binary", "as UTF-8"), ("none", "cannot be read")):
         with pytest.raises(UserError, match=complaint):
             verify_bundle(bundle, text=tmp_path / name)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_not_taken_for_a_model_without_one(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(bundle: Bundle) -> None:
+        raise BundleError("tokenizer.json: not readable")
+
+    monkeypatch.setattr(text_module, "open_tokenizer", damaged)
+    with pytest.raises(BundleError, match="not readable"):
+        verify_bundle(bundle)
 
 
 def test_a_model_without_a_fitting_tokenizer_is_verified_without_text(tmp_path: Path) -> None:

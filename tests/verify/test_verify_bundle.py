@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,16 @@ def test_nothing_compared_is_nothing_passed(report: VerifyReport) -> None:
     empty = dataclasses.replace(report, findings=())
     assert not empty.passed
     assert empty.verdict() == "failed: nothing was compared"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_error_that_is_no_number_fails_and_shows_as_the_worst(report: VerifyReport, value: float) -> None:
+    spoilt = dataclasses.replace(report.findings[7], relative_error=value)
+    failed = dataclasses.replace(report, findings=(*report.findings[:7], spoilt, *report.findings[8:]))
+    assert not failed.passed
+    assert spoilt in failed.worst
+    document = json.loads(json.dumps(failed.to_dict(), allow_nan=False))
+    assert [miss["relative_error"] for miss in document["misses"]] == [None]
 
 
 def assert_tolerances_say_something(report: VerifyReport) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,3 +139,23 @@ def test_stock_tools_get_the_shapes_of_a_step(make_bundle: MakeBundle) -> None:
     plain = command_lines(Path("e"), engine_info(bundle, flavour="tensorrt", plugins=()), Path("l"))
     assert plain[0].startswith("trtexec ")
     assert "lugins" not in "".join(plain)
+
+
+def test_polygraphy_takes_its_line(make_bundle: MakeBundle, tmp_path: Path) -> None:
+    """Its own parser, which then writes down what it would do."""
+    pytest.importorskip("polygraphy", reason="Polygraphy is not installed")
+    line = command_lines(tmp_path / "a file", engine_info(make_bundle()), Path("libmegalodon.so"))[1]
+    programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        f"{line} --gen-script {tmp_path / 'script.py'}",
+        shell=True,
+        env=os.environ | {"PATH": programs},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    script = (tmp_path / "script.py").read_text()
+    assert "Comparator.run(runners, warm_up=5" in script
+    assert f"BytesFromPath('{tmp_path / 'a file'}')" in script
+    assert ".add('past_key.0', None, [1, 2, 12, 8])" in script
+    assert "LoadPlugins(plugins=['libmegalodon_register.so']" in script

@@ -15,7 +15,7 @@ from megalodon_deploy.bundle import ENGINE_FILE, ENGINE_INFO_FILE, ENGINES_DIR, 
 from megalodon_deploy.engine.child import Progress, check_installed, run_job
 from megalodon_deploy.engine.info import EngineInfo, PluginLibraryInfo
 from megalodon_deploy.engine.job import BuildJob, BuildResult
-from megalodon_deploy.engine.library import check_abi, find_plugin_library
+from megalodon_deploy.engine.library import check_abi, check_plugins, find_plugin_library
 from megalodon_deploy.engine.needs import estimate_needs
 from megalodon_deploy.engine.profile import optimization_profile
 from megalodon_deploy.engine.targets import (
@@ -148,6 +148,7 @@ def _plugin_library() -> Path:
     except MissingDependencyError as error:
         raise MissingDependencyError(f"{error}; or build with --no-plugins") from error
     check_abi(library)
+    check_plugins(library)
     return library
 
 

@@ -96,6 +96,12 @@ def abi_version(path: Path) -> int:
     return int(version())
 
 
+def check_plugins(path: Path) -> None:
+    """Raises `EngineError` when the library at `path` holds kernels alone; `check_abi` has found it to be ours."""
+    if not hasattr(ctypes.CDLL(str(path)), "getCreators"):
+        raise EngineError(f"{path} has no TensorRT plugins; build it again without --without-tensorrt")
+
+
 def check_abi(path: Path) -> None:
     """Raises `EngineError` when the library at `path` has another ABI version than this package."""
     found = abi_version(path)

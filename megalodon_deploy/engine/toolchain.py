@@ -154,7 +154,10 @@ def download_tensorrt_headers() -> Path:
         wheels = list(Path(download).glob("*.whl"))
         if done.returncode or len(wheels) != 1:
             reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
-            raise EngineError(f"TensorRT headers: cannot download {_HEADER_PACKAGE} ({reason}); set TENSORRT_ROOT")
+            raise EngineError(
+                f"TensorRT headers: cannot download {_HEADER_PACKAGE} ({reason}); set TENSORRT_ROOT, or pass "
+                "--without-tensorrt: PyTorch needs the kernels alone"
+            )
         if sha256_file(wheels[0]) != _HEADER_SHA256:
             raise EngineError(f"TensorRT headers: {wheels[0].name} is not the known file; set TENSORRT_ROOT")
         with atomic_directory(folder, overwrite=True) as target, zipfile.ZipFile(wheels[0]) as archive:
@@ -185,15 +188,16 @@ def build_plugins(
     source_dir: Path | None = None,
     architectures: str | None = None,
     warnings_as_errors: bool = False,
+    tensorrt: bool = True,
     download: bool = False,
     cmake_arguments: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Path:
     """Compile libmegalodon.so and libmegalodon_register.so; returns the former. Nothing is done twice.
 
-    `architectures` is CMake's list (default: every target), `download` allows fetching the TensorRT headers,
-    `cmake_arguments` come last and win. Raises `MissingDependencyError` naming a missing tool, `EngineError` when the
-    compilation fails.
+    `architectures` is CMake's list (default: every target). Without `tensorrt` the library has no plugins and no header
+    of TensorRT is needed; `download` allows fetching these. `cmake_arguments` come last and win. Raises
+    `MissingDependencyError` naming a missing tool, `EngineError` when the compilation fails.
     """
     report = progress or (lambda stage, fraction: None)
     cuda = find_cuda()
@@ -203,7 +207,7 @@ def build_plugins(
         f"-DCMAKE_CUDA_COMPILER={cuda.nvcc}",
         f"-DCMAKE_CUDA_FLAGS={library_flag}",
         f"-DCMAKE_CUDA_ARCHITECTURES={architectures or ''}",
-        f"-DMEGALODON_TENSORRT_INCLUDE={_headers(download)}",
+        *([f"-DMEGALODON_TENSORRT_INCLUDE={_headers(download)}"] if tensorrt else ["-DMEGALODON_TENSORRT=OFF"]),
         f"-DCMAKE_COMPILE_WARNING_AS_ERROR={'ON' if warnings_as_errors else 'OFF'}",
     ]
     folder = build_dir or default_build_dir()
@@ -333,7 +337,9 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--source", type=Path, help="the plugins/ directory of a checkout; default: the one beside us")
     build.add_argument("--architectures", help="CMake's list, such as '90-real;120-real'; default: every target")
     build.add_argument("--warnings-as-errors", action="store_true")
-    build.add_argument("--no-download", action="store_true", help="do not fetch TensorRT headers from PyPI")
+    headers = build.add_mutually_exclusive_group()
+    headers.add_argument("--no-download", action="store_true", help="do not fetch TensorRT headers from PyPI")
+    headers.add_argument("--without-tensorrt", action="store_true", help="the kernels alone, which PyTorch calls")
     return parser
 
 
@@ -353,6 +359,7 @@ def main() -> int:
                     source_dir=options.source,
                     architectures=options.architectures,
                     warnings_as_errors=options.warnings_as_errors,
+                    tensorrt=not options.without_tensorrt,
                     download=not options.no_download,
                     progress=progress,
                 )

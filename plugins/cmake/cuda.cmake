@@ -10,31 +10,24 @@ set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 enable_language(CUDA)
 
-if(NOT EXISTS ${MEGALODON_TENSORRT_INCLUDE}/NvInferRuntime.h)
-    message(FATAL_ERROR "NvInferRuntime.h is not in MEGALODON_TENSORRT_INCLUDE = '${MEGALODON_TENSORRT_INCLUDE}'")
+if(MEGALODON_TENSORRT AND NOT EXISTS ${MEGALODON_TENSORRT_INCLUDE}/NvInferRuntime.h)
+    message(FATAL_ERROR "NvInferRuntime.h is not in MEGALODON_TENSORRT_INCLUDE = '${MEGALODON_TENSORRT_INCLUDE}'; "
+        "-DMEGALODON_TENSORRT=OFF compiles the kernels alone")
 endif()
 
-megalodon_shared_library(megalodon ${C_API_SOURCES} ${KERNEL_SOURCES} ${PLUGIN_SOURCES})
+megalodon_shared_library(megalodon ${C_API_SOURCES} ${KERNEL_SOURCES})
 target_compile_options(megalodon PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra;--threads=2>")
 if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.9)
     target_compile_options(megalodon PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--compress-mode=size>)
 endif()
 target_link_directories(megalodon PRIVATE ${CMAKE_CUDA_COMPILER_TOOLKIT_ROOT}/lib) # where the PyPI wheels have it
-target_include_directories(megalodon SYSTEM PRIVATE ${MEGALODON_TENSORRT_INCLUDE}
-    ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
-
-add_library(megalodon_register SHARED register/register.cpp)
-target_link_libraries(megalodon_register PRIVATE megalodon ${CMAKE_DL_LIBS})
-target_compile_options(megalodon_register PRIVATE -Wall -Wextra)
-target_link_options(megalodon_register PRIVATE -Wl,--version-script=${CMAKE_CURRENT_SOURCE_DIR}/register/exports.map)
-target_include_directories(megalodon_register PRIVATE ${CMAKE_CURRENT_SOURCE_DIR})
-target_include_directories(megalodon_register SYSTEM PRIVATE ${MEGALODON_TENSORRT_INCLUDE}
-    ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
-set_target_properties(megalodon_register PROPERTIES BUILD_RPATH "$ORIGIN" INSTALL_RPATH "$ORIGIN")
+target_include_directories(megalodon SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 
 include(GNUInstallDirs)
+if(MEGALODON_TENSORRT)
+    include(cmake/tensorrt.cmake)
+endif()
 install(TARGETS megalodon EXPORT megalodonConfig LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
-install(TARGETS megalodon_register LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
 install(DIRECTORY include/megalodon DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}
     PATTERN onnxruntime_api.h EXCLUDE) # for our own libraries
 install(EXPORT megalodonConfig NAMESPACE megalodon:: DESTINATION ${CMAKE_INSTALL_LIBDIR}/cmake/megalodon)

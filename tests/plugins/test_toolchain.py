@@ -151,7 +151,30 @@ def test_the_compiler_from_pypi_builds(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("PATH", str(tools))
     monkeypatch.setattr(toolchain, "_nvcc_candidates", lambda: iter([(compiler, True)]))
     built = toolchain.build_plugins(tmp_path / "build", architectures="90-real", warnings_as_errors=True)
-    assert library.abi_version(built) == library.ABI_VERSION
+    library.check_abi(built)
+    library.check_plugins(built)
+
+
+def test_kernels_alone_need_no_header_of_tensorrt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plugin_path: Path
+) -> None:
+    """All but the compilation, which takes nvcc as long as that of the whole library."""
+    monkeypatch.setenv("TENSORRT_ROOT", str(tmp_path / "absent"))
+    with pytest.raises(EngineError, match="TENSORRT_ROOT"):
+        toolchain.build_plugins(tmp_path, architectures="90-real")
+    monkeypatch.setattr(toolchain, "_compile", lambda *_: None)
+    toolchain.build_plugins(tmp_path, architectures="90-real", tensorrt=False)
+    sources = (tmp_path / "build.ninja").read_text()
+    assert "complex_ema/launch.cu" in sources
+    assert "complex_ema/c_api.cpp" in sources
+    assert "plugin.cpp" not in sources
+    assert "megalodon_register" not in sources
+
+
+def test_a_library_without_plugins_builds_no_engine(plugin_path: Path) -> None:
+    library.check_plugins(plugin_path)
+    with pytest.raises(EngineError, match=r"libc\.so\.6 has no TensorRT plugins; build it again without"):
+        library.check_plugins(Path("libc.so.6"))
 
 
 def test_the_command_prints_the_library(plugin_path: Path) -> None:

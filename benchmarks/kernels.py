@@ -1,11 +1,12 @@
 """How fast the kernels are on this GPU, beside PyTorch and beside what the device can do at best.
 
-    python benchmarks/kernels.py [--list] [--only TEXT] [--models ...] [--dtypes ...] [--batches ...] [--output FILE]
+    python benchmarks/kernels.py [--list] [--only TEXT] [--models ...] [--dtypes ...] [--batches ...] [--beside ...]
 
 Each case is compared with float64 first; a wrong one is not timed, and the exit code is 1. Then a CUDA graph makes
 calls on sets of tensors in turn, so many that none is in the cache when it is read again. Beside it: PyTorch's own
 operations, eager and compiled, on the same tensors. Ceilings are a large copy and large matrix products of the same
-run. Needs a GPU, but for `--list`.
+run. The file is written anew after every case: what was measured before an error or a time limit is kept. Needs a
+GPU, but for `--list`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import datetime
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from kernel_cases import MODELS, Case, plan
 from kernel_report import Result, plan_table, result_table, write_json
 
 from megalodon_deploy.config import PRESETS
-from megalodon_deploy.engine.library import abi_version, find_plugin_library
+from megalodon_deploy.engine.library import ABI_VERSION, check_abi, find_plugin_library
 from megalodon_deploy.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,15 +31,19 @@ if TYPE_CHECKING:
     from kernel_calls import Library, Tensors
 
 RESULTS = Path(__file__).parent / "results"
+BESIDE = ("eager", "compiled")
 
 
 class Benchmark:
     """On the current CUDA device."""
 
-    def __init__(self, library: Library, ceilings: Ceilings, cache_bytes: int, repeats: int) -> None:
+    def __init__(
+        self, library: Library, ceilings: Ceilings, cache_bytes: int, *, repeats: int, beside: Sequence[str]
+    ) -> None:
         import torch
 
-        self.library, self.ceilings, self.cache_bytes, self.repeats = library, ceilings, cache_bytes, repeats
+        self.library, self.ceilings, self.cache_bytes = library, ceilings, cache_bytes
+        self.repeats, self.beside = repeats, beside
         self.stream = torch.cuda.Stream()
 
     def run(self, case: Case) -> Result:
@@ -78,8 +83,8 @@ class Benchmark:
         from kernel_calls import timed_reference
 
         times: dict[str, float | None] = {}
-        for name, is_compiled in (("eager_us", False), ("compiled_us", True)):
-            function = timed_reference(case, compiled=is_compiled)
+        for kind in self.beside:
+            name, function = f"{kind}_us", timed_reference(case, compiled=kind == "compiled")
             calls = [_call_of(function, one) for one in sets[:4]]
             try:
                 times[name] = median_and_p95(time_launches(calls, self.stream, max(3, self.repeats // 4)))[0] * 1e6
@@ -93,28 +98,32 @@ def _call_of(function: Callable[[Tensors], Any], tensors: Tensors) -> Callable[[
     return lambda: function(tensors)
 
 
-def run_all(
-    cases: list[Case], library_path: Path, dtypes: list[str], repeats: int
-) -> tuple[dict[str, Any], list[Result]]:
+def run_all(cases: list[Case], library_path: Path, options: argparse.Namespace) -> tuple[Path, list[Result]]:
+    """The file that was written, and what is in it."""
     from gpu_timing import describe_device, measure_ceilings
     from kernel_calls import TORCH_TYPES, Library
 
+    check_abi(library_path)
     device = describe_device()
-    ceilings = measure_ceilings(dtypes, TORCH_TYPES)
-    benchmark = Benchmark(Library(library_path), ceilings, device["cache_bytes"], repeats)
-    results = []
-    for case in cases:
-        results.append(benchmark.run(case))
-        print(result_table(results[-1:]).splitlines()[-1], flush=True)
+    ceilings = measure_ceilings(options.dtypes, TORCH_TYPES)
     description = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
         **device,
-        "library_abi": abi_version(library_path),
+        "library_abi": ABI_VERSION,
         "ceilings": vars(ceilings),
-        "repeats": repeats,
+        "repeats": options.repeats,
     }
-    return description, results
+    name = "-".join([description["date"][:10], device["device"].replace(" ", "-"), "kernels.json"])
+    path = options.output or RESULTS / name
+    library = Library(library_path)
+    benchmark = Benchmark(library, ceilings, device["cache_bytes"], repeats=options.repeats, beside=options.beside)
+    results: list[Result] = []
+    for case in cases:
+        results.append(benchmark.run(case))
+        print(result_table(results[-1:]).splitlines()[-1], flush=True)
+        write_json(path, description, results)
+    return path, results
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -125,6 +134,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="rows; decode takes all, else the first")
     parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("--beside", nargs="*", default=list(BESIDE), choices=BESIDE, help="PyTorch's own; default both")
     parser.add_argument("--library", type=Path, help="default: the built libmegalodon.so")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/DATE-DEVICE-kernels.json")
     return parser.parse_args(arguments)
@@ -143,13 +153,10 @@ def main() -> int:
         return 2
     try:
         library = options.library or find_plugin_library()
-        description, results = run_all(cases, library, options.dtypes, options.repeats)
+        path, results = run_all(cases, library, options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    name = "-".join([description["date"][:10], description["device"].replace(" ", "-"), "kernels.json"])
-    path = options.output or RESULTS / name
-    write_json(path, description, results)
     print(f"\n{result_table(results)}\n\n{path}")
     return 0 if all(result.is_right for result in results) else 1
 

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gpu_timing
+import kernels
 import pytest
 import torch
 from gpu_timing import Ceilings, copies_for_cold_caches, median_and_p95
@@ -147,6 +149,28 @@ def test_the_file_has_all_that_was_measured(tmp_path: Path) -> None:
     first, second = read["results"]
     assert (first["share"], first["gigabytes_per_second"], first["teraflops"]) == (0.5, 1000.0, 2.0)
     assert (second["is_right"], second["worst_error"], second["share"]) == (False, None, None)
+
+
+def test_what_was_measured_before_an_error_is_kept(
+    emulated_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Device:
+        def __init__(self, *arguments: object, repeats: int, beside: list[str]) -> None:
+            assert (repeats, beside) == (7, ["eager"])
+            self.results = [RESULT]
+
+        def run(self, case: Case) -> Result:
+            return self.results.pop()
+
+    monkeypatch.setattr(kernels, "Benchmark", Device)
+    monkeypatch.setattr(gpu_timing, "describe_device", lambda: {"device": "none", "cache_bytes": 1})
+    monkeypatch.setattr(gpu_timing, "measure_ceilings", lambda *_: Ceilings(1.0, 1.0, {}))
+    path = tmp_path / "result.json"
+    options = kernels.parse(["--repeats", "7", "--beside", "eager", "--output", str(path)])
+    with pytest.raises(IndexError):
+        kernels.run_all(list(plan())[:2], emulated_path, options)
+    read = json.loads(path.read_text())
+    assert (read["device"], len(read["results"])) == ("none", 1)
 
 
 def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:

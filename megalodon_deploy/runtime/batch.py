@@ -59,7 +59,7 @@ class StreamBatch:
 
     def admit_copy(self, stream: Stream) -> Stream:
         """A second stream in the state of one of this session's; both go on alike, random choices included."""
-        slot, source = self._free_slot(), stream.batch
+        slot, source = self._free_slot(), self._source_of(stream)
         if stream.position:
             self._memory.copy(slot, source._memory, source._slot_of(stream), stream.position)
         copy = Stream(self, slot)
@@ -69,7 +69,7 @@ class StreamBatch:
 
     def take_over(self, stream: Stream) -> None:
         """Move a stream of another batch of this session to a free slot of this one; it leaves nothing behind."""
-        slot, source = self._free_slot(), stream.batch
+        slot, source = self._free_slot(), self._source_of(stream)
         self._memory.copy(slot, source._memory, source._slot_of(stream), stream.position)
         source.retire(stream)
         self._slots[slot] = weakref.ref(stream)
@@ -114,7 +114,13 @@ class StreamBatch:
             waiting = {slot: rest[length:] for slot, rest in waiting.items()}
 
     def choose(self, sampling: Mapping[Stream, SamplingParams]) -> dict[Stream, int]:
-        """The next token of each of these streams, pending from then on; broken streams are left out."""
+        """The next token of each of these streams, pending from then on; broken streams are left out.
+
+        Tokens that were pending before are consumed first, in one call. Raises `UserError` for a fresh stream.
+        """
+        for stream in sampling:
+            stream.check_begun()
+        self.consume({stream: () for stream in sampling if stream.has_pending})
         choices = {stream: stream.choice(params) for stream, params in sampling.items()}
         in_memory = {self._slot_of(s): choice for s, choice in choices.items() if s.resumed_logits is None}
         tokens = self._memory.choose(in_memory)
@@ -202,6 +208,12 @@ class StreamBatch:
         if not (0 <= stream.slot < self.num_slots and self._occupant(stream.slot) is stream):
             raise StateError("the stream was retired, or belongs to another batch; start or resume one with admit()")
         return stream.slot
+
+    def _source_of(self, stream: Stream) -> StreamBatch:
+        """The batch of a stream that is copied or moved here."""
+        if stream.batch.session is not self.session:
+            raise StateError("the stream is another session's; take a snapshot of it, and resume that")
+        return stream.batch
 
     def _saved(self, resume: str | Path | SavedStream) -> SavedStream:
         manifest = self.session.bundle.manifest

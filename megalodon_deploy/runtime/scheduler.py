@@ -164,11 +164,12 @@ class Scheduler:
         self.close()
 
     def close(self) -> None:
-        """End the thread, if there is one, after the step it is in; requests that are not done fail."""
+        """End the thread, if there is one, after the step it is in; requests that are not done fail. From any thread,
+        and from a request's `on_token`."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
-        if self._thread is not None:
+        if self._thread not in (None, threading.current_thread()):  # a request's callback may close it
             self._thread.join()
         with self._stepping:
             self._end_all(StateError("the scheduler was closed before the request was done; submit it again"))
@@ -194,9 +195,10 @@ class Scheduler:
         jobs = {job.stream: job for job in self._generating if job.stream is not None}
         if not jobs:
             return False
-        self._slots.consume(dict.fromkeys(jobs, ()))
         chosen = self._slots.choose({stream: job.generation.sampling for stream, job in jobs.items()})
         for stream, job in jobs.items():
+            if job.request.is_done:
+                continue  # a callback of another one closed the scheduler
             if stream in chosen:
                 self._deliver(job, job.generation.push(chosen[stream]))
             else:

@@ -21,6 +21,8 @@ from megalodon_deploy.state import zero_state
 if TYPE_CHECKING:
     from megalodon_deploy.runtime.batch import StreamBatch
 
+_FRESH = "a fresh stream has nothing to go on from; give a prompt of at least one token"
+
 
 class Stream:
     """Made by `Session.stream` and `StreamBatch.admit`."""
@@ -139,9 +141,13 @@ class Stream:
         """Logits [V] float32 that follow the last consumed token. Raises `UserError` on a fresh stream."""
         if self._resumed_logits_V is not None:
             return self._resumed_logits_V
-        if not self.position:
-            raise UserError("a fresh stream has nothing to go on from; give a prompt of at least one token")
+        self.check_begun()
         return self._batch.logits(self)
+
+    def check_begun(self) -> None:
+        """Raises `UserError` on a stream that has consumed nothing."""
+        if not self.position:
+            raise UserError(_FRESH)
 
     @property
     def resumed_logits(self) -> np.ndarray | None:
@@ -181,7 +187,7 @@ class Stream:
             prompt = self._session.tokenizer.encode(prompt, start=is_fresh)
         tokens = check_tokens(prompt, self._session.config.vocab_size)
         if is_fresh and not tokens:
-            raise UserError("a fresh stream has nothing to go on from; give a prompt of at least one token")
+            raise UserError(_FRESH)
         return tokens
 
     @property
@@ -197,8 +203,6 @@ class Stream:
         generation.begin(self.history)
         while True:
             start, is_step = time.perf_counter(), self.has_pending
-            if is_step:
-                self._batch.consume({self: ()})
             item = generation.push(self._choose(generation.sampling))
             if is_step:  # the first token comes from the prompt's logits
                 self.stats.decode_tokens += 1

@@ -232,6 +232,22 @@ def test_closing_ends_what_is_not_done(session: Session) -> None:
         pass
 
 
+def test_a_callback_may_close_the_scheduler(session: Session) -> None:
+    scheduler = session.serve(max_streams=2)
+    late: list[GeneratedToken] = []
+    endless: dict[str, Any] = {"max_new_tokens": None, "stop_tokens": []}
+    closing = scheduler.submit("x", on_token=lambda item: scheduler.is_serving and scheduler.close(), **endless)
+    others = [scheduler.submit("y", on_token=late.append, **endless), scheduler.submit("z", **endless)]
+    while others[0].state != "decode":
+        scheduler.step()
+    late.clear()
+    with scheduler, ThreadPoolExecutor() as readers:
+        for reading in [readers.submit(list, request) for request in (closing, *others)]:
+            with pytest.raises(StateError, match="closed"):
+                reading.result(timeout=30)
+    assert not late
+
+
 def test_an_error_in_the_thread_reaches_every_reader(session: Session) -> None:
     def fail(*arguments: Any) -> None:
         raise RuntimeError("the device is gone")

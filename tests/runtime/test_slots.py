@@ -12,7 +12,9 @@ from runtime.fake_executor import fake_session
 from runtime.small_models import SHORT_CHUNKS
 
 from megalodon_deploy.bundle import Bundle
+from megalodon_deploy.errors import StateError, UserError
 from megalodon_deploy.runtime.batch import StreamBatch
+from megalodon_deploy.runtime.sampling import SamplingParams
 from megalodon_deploy.runtime.session import Session
 from megalodon_deploy.runtime.stream import Stream
 
@@ -116,3 +118,31 @@ def test_random_steps_of_a_real_model_leave_every_stream_as_if_alone(
     for _ in range(600):
         crowd.act()
     assert len(crowd.seen) == 5
+
+
+def test_choosing_consumes_what_was_chosen_before_and_needs_a_beginning() -> None:
+    config = small_config(vocab_size=64, num_layers=1, chunk_size=8)
+    session, alone = fake_session(config), fake_session(config)
+    batch, twin = session.batch(2), alone.stream()
+    stream, fresh = batch.admit(), batch.admit()
+    batch.feed({stream: [1, 2, 3]})
+    twin.prefill([1, 2, 3])
+    expected = [item.token for item in twin.generate(max_new_tokens=12)]
+    assert [batch.choose({stream: SamplingParams.greedy()})[stream] for _ in range(12)] == expected
+    assert stream.position == twin.position
+    batch.retire(fresh)
+    again = batch.admit()
+    with pytest.raises(UserError, match="a fresh stream"):
+        batch.choose({stream: SamplingParams.greedy(), again: SamplingParams.greedy()})
+    assert stream.position == twin.position, "nothing was consumed"
+
+
+def test_a_stream_of_another_session_is_not_taken() -> None:
+    config = small_config(vocab_size=64, num_layers=1, chunk_size=8)
+    stranger = fake_session(config).stream()
+    stranger.prefill([1, 2, 3])
+    batch = fake_session(config).batch(1)
+    for take in (batch.admit_copy, batch.take_over):
+        with pytest.raises(StateError, match="another session"):
+            take(stranger)
+    assert batch.num_free == 1

@@ -93,6 +93,7 @@ class KernelLibrary:
     """The operators of one library file. Tensors start on 16 bytes with the default margin, else they do not."""
 
     def __init__(self, path: Path, memory: Memory, margin: int = MARGIN) -> None:
+        self.path = path
         self.library = ctypes.CDLL(str(path))
         self.library.mgd_status_string.restype = ctypes.c_char_p
         self.memory = memory
@@ -259,6 +260,32 @@ def run_in_parts(run: Operator, dtype: str, inputs: Sequence[Array], lengths: Se
         outputs.append(y)
         first += length
     return np.concatenate(outputs, 1), state
+
+
+def check_shorter_rows(run: Callable[..., tuple[Array, Array]], inputs: Sequence[Array]) -> None:
+    """`run(dtype, inputs, lengths)`: each row must be what it is alone with its own length, whatever lies behind."""
+    x, past, position, *others = inputs
+    B, T, _ = x.shape
+    lengths = np.array([T, 0, 1, T - 1, T // 2, T // 3])[:B]
+    for row, length in enumerate(lengths):
+        x[row, length:] = np.nan
+    given = lengths.copy()
+    given[:2] += 9, -3  # count as T and 0
+    y, present = run("float32", [x, past, position, *others], given)
+    for row, length in enumerate(lengths):
+        one = slice(row, row + 1)
+        alone = run("float32", [x[one, :length], past[one], position[one], *others])
+        assert_close(y[one, :length], alone[0], 3e-6, f"y of {length} tokens")
+        assert not y[row, length:].any(), "tokens that do not count give 0"
+        if present.shape[-1] == 4:
+            assert_norm_state(present[one], alone[1], SPLIT_TOLERANCE)
+        else:
+            assert_close(present[one], alone[1], 3e-6, f"state after {length} tokens")
+
+
+def six_rows(inputs: Sequence[Array]) -> list[Array]:
+    """Of four rows, the first two twice."""
+    return [np.concatenate([array, array[:2]]) if index < 3 else array for index, array in enumerate(inputs)]
 
 
 def check_complex_ema_backward(kernels: KernelLibrary, dtype: str, inputs: Sequence[Array]) -> None:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from attention_helpers import attention_inputs, check_attention
 from kernel_helpers import (
     ACTIVATIONS,
+    MARGIN,
     SPLIT_TOLERANCE,
     KernelLibrary,
     assert_norm_state,
     check_complex_ema,
     check_complex_ema_backward,
+    check_shorter_rows,
     check_timestep_norm,
     check_timestep_norm_backward,
     complex_ema_inputs,
     run_in_parts,
+    six_rows,
     timestep_norm_inputs,
 )
+from norm_ema_helpers import check_norm_ema, norm_ema_inputs
 
 pytestmark = pytest.mark.gpu
 
@@ -45,6 +50,30 @@ def test_complex_ema_on_gpu(kernels: KernelLibrary, sizes: tuple[int, ...], dtyp
 def test_timestep_norm_on_gpu(kernels: KernelLibrary, sizes: tuple[int, ...], dtype: str) -> None:
     B, T, D, G = sizes
     check_timestep_norm(kernels.timestep_norm, dtype, timestep_norm_inputs(B=B, T=T, D=D, G=G))
+
+
+@pytest.mark.parametrize("T", [4, 16, 70, 300, 1100])
+def test_rows_may_be_shorter_than_the_call_on_gpu(kernels: KernelLibrary, T: int) -> None:
+    """Of 1,100 tokens, rows are cut into segments as well."""
+    check_shorter_rows(kernels.complex_ema, six_rows(complex_ema_inputs(B=4, T=T, D=5, N=4)))
+    check_shorter_rows(kernels.timestep_norm, six_rows(timestep_norm_inputs(B=4, T=T, D=6, G=2)))
+
+
+@pytest.mark.parametrize("dtype", ACTIVATIONS)
+@pytest.mark.parametrize("T", [1, 70])
+def test_tensors_need_not_start_on_16_bytes_on_gpu(kernels: KernelLibrary, dtype: str, T: int) -> None:
+    """An access to an address that is not a multiple of its size is an error of the device."""
+    kernels = KernelLibrary(kernels.path, kernels.memory, margin=MARGIN + 1)
+    cema, norm = complex_ema_inputs(B=2, T=T, D=40, N=16), timestep_norm_inputs(B=2, T=T, D=64, G=2)
+    check_complex_ema(kernels.complex_ema, dtype, cema)
+    check_timestep_norm(kernels.timestep_norm, dtype, norm)
+    check_norm_ema(kernels, dtype, norm_ema_inputs(B=2, T=T, D=64, G=2, N=16))
+    check_complex_ema_backward(kernels, dtype, cema)
+    check_timestep_norm_backward(kernels, dtype, norm)
+    for past in (dtype, "int8"):
+        check_attention(
+            kernels, attention_inputs(T=T, S=20, dz=16, dv=32, filled=[20, 7], dtype=dtype, past=past), dtype
+        )
 
 
 @pytest.mark.parametrize("dtype", ACTIVATIONS)

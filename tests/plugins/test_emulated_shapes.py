@@ -10,19 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from attention_helpers import attention_inputs, check_attention
-from helpers import assert_close
 from kernel_helpers import (
     ACTIVATIONS,
     ASCENDING,
     DESCENDING,
     MARGIN,
-    SPLIT_TOLERANCE,
     HostMemory,
     KernelLibrary,
-    assert_norm_state,
     check_complex_ema,
+    check_shorter_rows,
     check_timestep_norm,
     complex_ema_inputs,
+    six_rows,
     timestep_norm_inputs,
 )
 from norm_ema_helpers import check_norm_ema, norm_ema_inputs
@@ -37,32 +36,6 @@ def set_multiprocessors(kernels: KernelLibrary) -> Iterator[Callable[[int], None
 
     yield choose
     choose(1)
-
-
-def check_shorter_rows(run: Callable[..., tuple[np.ndarray, np.ndarray]], inputs: list[np.ndarray]) -> None:
-    """Every row must be what it is alone with its own length, whatever lies behind its end."""
-    x, past, position, *others = inputs
-    B, T, _ = x.shape
-    lengths = np.array([T, 0, 1, T - 1, T // 2, T // 3])[:B]
-    for row, length in enumerate(lengths):
-        x[row, length:] = np.nan
-    given = lengths.copy()
-    given[:2] += 9, -3  # count as T and 0
-    y, present = run("float32", [x, past, position, *others], given)
-    for row, length in enumerate(lengths):
-        one = slice(row, row + 1)
-        alone = run("float32", [x[one, :length], past[one], position[one], *others])
-        assert_close(y[one, :length], alone[0], 3e-6, f"y of {length} tokens")
-        assert not y[row, length:].any(), "tokens that do not count give 0"
-        if present.shape[-1] == 4:
-            assert_norm_state(present[one], alone[1], SPLIT_TOLERANCE)
-        else:
-            assert_close(present[one], alone[1], 3e-6, f"state after {length} tokens")
-
-
-def six_rows(inputs: list[np.ndarray]) -> list[np.ndarray]:
-    """Of four rows, the first two twice."""
-    return [np.concatenate([array, array[:2]]) if index < 3 else array for index, array in enumerate(inputs)]
 
 
 @pytest.mark.parametrize("T", [4, 16, 70, 300])

@@ -36,6 +36,13 @@ from megalodon_deploy.console import format_bytes, progress_bar
     help="Where matrices are: in the engine, in the bundle's file, or streamed from main memory.",
 )
 @click.option("--no-plugins", is_flag=True, help="Standard operators only, without our CUDA kernels.")
+@click.option(
+    "--attention",
+    type=click.Choice(["standard", "plugin"]),
+    default="standard",
+    show_default=True,
+    help="What computes attention: TensorRT's operators or our plugin.",
+)
 @click.option("--max-batch", type=int, default=1, show_default=True, help="Most streams in one call.")
 @click.option("--overwrite", is_flag=True, help="Replace engines of the same names.")
 @json_option

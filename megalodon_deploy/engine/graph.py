@@ -15,12 +15,14 @@ from megalodon_deploy.engine.fusion import fuse_norm_and_ema
 from megalodon_deploy.engine.loopless import loopless_complex_ema
 from megalodon_deploy.engine.weight_inputs import WeightPlace, weights_to_inputs
 from megalodon_deploy.export.operators import DOMAIN
-from megalodon_deploy.state import COMPLEX_EMA, TIMESTEP_NORM, TIMESTEP_NORM_COMPLEX_EMA
+from megalodon_deploy.state import CHUNK_ATTENTION, COMPLEX_EMA, TIMESTEP_NORM, TIMESTEP_NORM_COMPLEX_EMA
 
 if TYPE_CHECKING:
     import onnx
 
 _LOOPING = "ComplexEMA"
+# TensorRT-RTX 1.7's parser refuses a function's second call where a DequantizeLinear is in it: two layers, one name.
+_INLINED = {CHUNK_ATTENTION}
 _FUSED = (TIMESTEP_NORM, COMPLEX_EMA, TIMESTEP_NORM_COMPLEX_EMA)  # the plugins that fusion needs
 
 
@@ -40,14 +42,15 @@ def prepare_graph(
     """Read `model_path` without weights and rewrite it for calls of at most `chunk_size` tokens.
 
     TensorRT's parser prefers a model-local function to a plugin of the same name, so functions of
-    `plugin_operators` are removed. ComplexEMA's function, if it stays, is replaced by one that TensorRT can compile.
-    Where there is a plugin for a TimestepNorm and the ComplexEMA behind it, it takes their place. TensorRT has no
-    float64: what stays of it in other functions becomes float32. With `weights_outside` matrices become inputs.
+    `plugin_operators` are removed. If they stay, ChunkAttention's is put in place of its calls, and ComplexEMA's
+    replaced by one that TensorRT can compile. Where there is a plugin for a TimestepNorm and the ComplexEMA behind it,
+    it takes their place. TensorRT has no float64: what stays of it in other functions becomes float32. With
+    `weights_outside` matrices become inputs.
     """
     import onnx
 
-    model = onnx.load(model_path, load_external_data=False)
     operators = set(plugin_operators)
+    model = _without_functions(onnx.load(model_path, load_external_data=False), _INLINED - operators)
     kept = [
         loopless_complex_ema(function, chunk_size) if function.name == _LOOPING else function
         for function in model.functions
@@ -61,6 +64,13 @@ def prepare_graph(
     narrowed = narrow_float64(model)
     bundle_weights = weights_to_inputs(model.graph, operators) if weights_outside else {}
     return PreparedGraph(model.SerializeToString(), dict(nodes), narrowed, bundle_weights)
+
+
+def _without_functions(model: onnx.ModelProto, names: set[str]) -> onnx.ModelProto:
+    """The model with the nodes of these functions' bodies in place of their calls."""
+    import onnx.inliner
+
+    return onnx.inliner.inline_selected_functions(model, [(DOMAIN, name) for name in names])
 
 
 def _is_plugin(domain: str, name: str, operators: set[str]) -> bool:

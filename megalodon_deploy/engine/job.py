@@ -9,7 +9,7 @@ from typing import Any
 
 from megalodon_deploy.bundle import Precision
 from megalodon_deploy.engine.profile import ShapeRange
-from megalodon_deploy.engine.targets import EngineWeights, Flavour
+from megalodon_deploy.engine.targets import EngineAttention, EngineWeights, Flavour
 from megalodon_deploy.engine.weight_inputs import WeightPlace
 
 
@@ -28,6 +28,7 @@ class BuildJob:
     profile: Mapping[str, ShapeRange]
     plugin_library: str | None
     weights: EngineWeights = "engine"
+    attention: EngineAttention = "standard"
     hardware_compatible: bool = False  # full TensorRT: for Ampere and later
     version_compatible: bool = False
 
@@ -71,6 +72,8 @@ def engine_id(job: BuildJob, version: str, capabilities: Sequence[int]) -> str:
         parts.append(f"b{job.max_batch}")
     if job.plugin_library is None:
         parts.append("no-plugins")
+    if job.attention == "plugin":
+        parts.append("attention-plugin")
     if job.weights != "engine":
         parts.append({"bundle": "bundle-weights", "streamed": "streamed"}[job.weights])
     if job.version_compatible:

@@ -17,6 +17,8 @@ Flavour = Literal["tensorrt-rtx", "tensorrt"]
 # Where an engine's matrices are: inside it; in the bundle's weight file, from where they are bound as inputs; or inside
 # it but in main memory, from where they are streamed as far as they find no room on the GPU.
 EngineWeights = Literal["engine", "bundle", "streamed"]
+# What computes attention within a chunk: TensorRT's standard operators, or our plugin.
+EngineAttention = Literal["standard", "plugin"]
 
 RTX_CAPABILITIES = (75, 80, 86, 89, 120, 121)
 # Turing has neither bf16 nor, in TensorRT-RTX, FP32 matrix products: it is built for only when asked. One more
@@ -113,6 +115,15 @@ def one_engine_each(target: str, sm: Sequence[int] | None, *, hardware_compatibl
     if sm is None or hardware_compatible or target == "tensorrt":
         return [sm]
     return [[each] for each in sorted(set(sm))]
+
+
+def check_attention(attention: str, *, plugins: bool) -> EngineAttention:
+    """`attention` as what computes it; raises `EngineError` when there is no such, or not without `plugins`."""
+    if attention not in get_args(EngineAttention):
+        raise EngineError(f"attention {attention!r} is none of: {', '.join(get_args(EngineAttention))}")
+    if attention == "plugin" and not plugins:
+        raise EngineError("attention as a plugin goes with plugins: leave out --no-plugins or --attention plugin")
+    return cast(EngineAttention, attention)
 
 
 def check_weights(weights: str) -> EngineWeights:

@@ -25,7 +25,7 @@ from megalodon_deploy.engine.library import cache_dir
 from megalodon_deploy.engine.phases import PhaseTree
 from megalodon_deploy.engine.targets import Flavour
 from megalodon_deploy.errors import EngineError
-from megalodon_deploy.state import TOKENS
+from megalodon_deploy.state import CHUNK_ATTENTION, TOKENS
 
 Report = Callable[[str, float], None]
 
@@ -85,6 +85,8 @@ def build(job: BuildJob, report: Report) -> BuildResult:
     if (target := Path(job.engines_dir) / name).exists() and not job.overwrite:
         raise EngineError(f"{target} exists already; replace it with --overwrite")
     operators = _load_plugins(trt, job.plugin_library) if job.plugin_library else set()
+    if job.attention == "standard":
+        operators.discard(CHUNK_ATTENTION)
     report("reading the graph", 0.02)
     graph = prepare_graph(
         Path(job.model_path),

@@ -11,7 +11,6 @@ import onnx_ir as ir
 
 from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.export.builder import GraphBuilder
-from megalodon_deploy.export.operators.chunk_attention import VisibleRows
 from megalodon_deploy.export.quantized_weights import emit_matrix, matrix_parts
 from megalodon_deploy.model.half_precision import HEADROOM
 from megalodon_deploy.quantization import Quantization
@@ -25,7 +24,6 @@ class CallValues:
 
     position: ir.Value  # [B] int64
     rows: ir.Value  # [B, T] int64, position mod C of each token
-    visible: VisibleRows | None  # None where attention is an operator, which finds out by itself
     rope_cos: ir.Value  # [C, dz / 2] float32
     rope_sin: ir.Value
 

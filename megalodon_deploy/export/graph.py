@@ -13,13 +13,13 @@ from typing import Protocol
 import numpy as np
 import onnx_ir as ir
 
-from megalodon_deploy.bundle import AttentionMode, LogitsMode, Precision
+from megalodon_deploy.bundle import LogitsMode, Precision
 from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.export.builder import IR_VERSION, OPSET, GraphBuilder
 from megalodon_deploy.export.context import CallValues, Context
 from megalodon_deploy.export.layers import emit_block, emit_timestep_norm
 from megalodon_deploy.export.operators import DOMAIN, DOMAIN_VERSION
-from megalodon_deploy.export.operators.chunk_attention import chunk_attention_function, emit_visible_rows
+from megalodon_deploy.export.operators.chunk_attention import chunk_attention_function
 from megalodon_deploy.export.operators.complex_ema import complex_ema_function
 from megalodon_deploy.export.operators.timestep_norm import timestep_norm_function
 from megalodon_deploy.export.quantized_weights import Part, matrix_parts
@@ -49,14 +49,13 @@ def build_model(
     precision: Precision = "fp32",
     logits: LogitsMode = "last",
     quantization: Quantization | None = None,
-    attention: AttentionMode = "standard",
 ) -> ir.Model:
     """The model with these weights."""
     activation = ACTIVATION[precision]
     initializers = _initializers(config, weights, activation, quantization)
     inputs = _inputs(config, activation)
     context = Context(config, activation, initializers, GraphBuilder(), quantization=quantization)
-    outputs = _emit(context, inputs, all_logits=logits == "all", attention=attention)
+    outputs = _emit(context, inputs, all_logits=logits == "all")
     _declare_outputs(config, activation, outputs, num_logits="T" if logits == "all" else 1)
     builder = context.builder
     graph = ir.Graph(
@@ -70,7 +69,7 @@ def build_model(
     functions = [
         complex_ema_function(config.chunk_size),
         timestep_norm_function(config.norm_num_groups, config.group_dim),
-        *([chunk_attention_function(scaled=config.kv_dtype != "activation")] if attention == "plugin" else []),
+        chunk_attention_function(scaled=config.kv_dtype != "activation"),
     ]
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="megalodon-deploy", functions=functions)
 
@@ -114,12 +113,10 @@ def _typed(name: str, dtype: ir.DataType, shape: tuple[Dim, ...]) -> ir.Value:
     return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
 
 
-def _emit(
-    context: Context, inputs: dict[str, ir.Value], *, all_logits: bool, attention: AttentionMode
-) -> dict[str, ir.Value]:
+def _emit(context: Context, inputs: dict[str, ir.Value], *, all_logits: bool) -> dict[str, ir.Value]:
     config, builder = context.config, context.builder
     with builder.scope("call"):
-        call = _call_values(context, inputs, attention)
+        call = _call_values(context, inputs)
     x_BTD = builder.op("Gather", context.weight("embed.weight"), inputs[TOKENS], axis=0, name="embed")
     x_BTD = context.to_float(x_BTD, "embed")
     if config.scale_emb:
@@ -154,7 +151,7 @@ def _logits(context: Context, x_BTD: ir.Value, *, all_logits: bool) -> ir.Value:
     return builder.op("Cast", product, to=FLOAT, name=LOGITS)
 
 
-def _call_values(context: Context, inputs: dict[str, ir.Value], attention: AttentionMode) -> CallValues:
+def _call_values(context: Context, inputs: dict[str, ir.Value]) -> CallValues:
     builder, config = context.builder, context.config
     position_B = inputs[POSITION]
     zero, one = builder.scalar(0, np.int64, "zero"), builder.scalar(1, np.int64, "one")
@@ -166,10 +163,7 @@ def _call_values(context: Context, inputs: dict[str, ir.Value], attention: Atten
         builder.op("Range", zero, builder.op("Squeeze", num_tokens), one, name="steps"), INT64, ["T"]
     )
     rows_BT = builder.op("Add", filled_B1, steps_T, name="rows")
-    visible = None
-    if attention == "standard":
-        visible = emit_visible_rows(builder, filled_B1, inputs[TOKENS], inputs["past_key.0"], time_axis=1)
-    return CallValues(position_B, rows_BT, visible, *_rope_tables(context))
+    return CallValues(position_B, rows_BT, *_rope_tables(context))
 
 
 def _rope_tables(context: Context) -> tuple[ir.Value, ir.Value]:

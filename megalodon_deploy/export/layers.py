@@ -9,14 +9,6 @@ import onnx_ir as ir
 
 from megalodon_deploy.export.context import CallValues, Context
 from megalodon_deploy.export.operators import DOMAIN
-from megalodon_deploy.export.operators.chunk_attention import (
-    ALL_ROWS,
-    Operands,
-    emit_parts,
-    emit_scores,
-    emit_softmax,
-    emit_sum,
-)
 from megalodon_deploy.export.quantized_rows import emit_dequantized_rows, emit_quantized_rows
 from megalodon_deploy.export.weights import merged_projection_sizes
 from megalodon_deploy.state import CHUNK_ATTENTION, CHUNK_SIZE
@@ -119,25 +111,12 @@ def _keep_rows(context: Context, layer: int, kind: str, new: ir.Value) -> tuple[
 def _attend(
     context: Context, call: CallValues, layer: int, new: tuple[ir.Value, ir.Value, ir.Value], inputs: State
 ) -> ir.Value:
-    """Attention [B, H, T, dv] of `new` queries, keys and values: one operator, or plain nodes for each layer."""
-    builder, config = context.builder, context.config
+    """Attention [B, H, T, dv] of `new` queries, keys and values."""
     past = [inputs[f"past_{kind}.{layer}"] for kind in ("key", "value")]
     scales = [inputs[name] for name in (f"past_{kind}_scale.{layer}" for kind in ("key", "value")) if name in inputs]
-    if call.visible is None:
-        values = [*new, *past, call.position, *scales]
-        attributes = {CHUNK_SIZE: config.chunk_size}
-        return builder.op(CHUNK_ATTENTION, *values, name="attended", domain=DOMAIN, **attributes)
-    if scales:
-        names = ["past_key", "past_value"]
-        past = [emit_dequantized_rows(context, *rows) for rows in zip(past, scales, names, strict=True)]
-    operands = Operands(*new, *past)
-    scores = emit_scores(builder, operands)
-    builder.typed(scores, context.activation, ("B", config.num_heads, "T", ALL_ROWS))
-    weights = emit_softmax(builder, context.to_float(scores, "scores"), call.visible)
-    parts = emit_parts(builder, context.to_activation(weights, "weights_cast"), call.visible)
-    for part, rows in zip(parts, ("S", "T"), strict=True):
-        builder.typed(part, context.activation, ("B", config.num_heads, "T", rows))
-    return emit_sum(builder, operands, parts)
+    attributes = {CHUNK_SIZE: context.config.chunk_size}
+    values = [*new, *past, call.position, *scales]
+    return context.builder.op(CHUNK_ATTENTION, *values, name="attended", domain=DOMAIN, **attributes)
 
 
 def _emit_query_key(context: Context, call: CallValues, prefix: str, z_BTZ: ir.Value) -> tuple[ir.Value, ir.Value]:

@@ -14,13 +14,14 @@ import pytest
 import torch
 from helpers import assert_close, small_config
 
-from megalodon_deploy.bundle import AttentionMode, Bundle, Precision
+from megalodon_deploy.bundle import Bundle, Precision
 from megalodon_deploy.config import KeyValueType
 from megalodon_deploy.engine import build_engine, check_engine
 from megalodon_deploy.engine.child import _environment
 from megalodon_deploy.engine.graph import prepare_graph
 from megalodon_deploy.engine.library import REGISTER_FILE, find_plugin_library
 from megalodon_deploy.engine.profile import ShapeRange, optimization_profile
+from megalodon_deploy.errors import EngineError
 from megalodon_deploy.export import export_checkpoint
 from megalodon_deploy.model.checkpoint import save_checkpoint
 from megalodon_deploy.model.megalodon import Megalodon
@@ -37,7 +38,6 @@ def exported(tmp_path: Path) -> Exported:
         precision: Precision,
         *,
         logits: Any = "last",
-        attention: AttentionMode = "standard",
         kv_dtype: KeyValueType = "activation",
         quantize: str | None = None,
         **overrides: Any,
@@ -45,7 +45,7 @@ def exported(tmp_path: Path) -> Exported:
         torch.manual_seed(0)
         checkpoint, bundle = tmp_path / "checkpoint", tmp_path / "bundle"
         save_checkpoint(Megalodon(small_config(**overrides)), checkpoint)
-        choices = {"logits": logits, "attention": attention, "kv_dtype": kv_dtype, "quantize": quantize}
+        choices = {"logits": logits, "kv_dtype": kv_dtype, "quantize": quantize}
         return export_checkpoint(checkpoint, bundle, precision=precision, **choices)
 
     return make
@@ -88,16 +88,19 @@ def test_standard_operators_alone(exported: Exported, precision: Precision, over
     ("precision", "kv_dtype"), [("fp32", "activation"), ("fp16", "activation"), ("fp16", "fp8"), ("bf16", "int8")]
 )
 def test_attention_as_a_plugin(exported: Exported, precision: Precision, kv_dtype: KeyValueType) -> None:
-    bundle = exported(precision, attention="plugin", kv_dtype=kv_dtype)
-    info = build_engine(bundle, sm=(89,), max_batch=2)
+    bundle = exported(precision, kv_dtype=kv_dtype)
+    info = build_engine(bundle, sm=(89,), max_batch=2, attention="plugin")
     assert info.plugins == ("ChunkAttention", "TimestepNorm", "TimestepNormComplexEMA")
     assert info.num_plugin_layers == 2 * bundle.config.num_layers + 1
     assert b"ChunkAttention" in check_engine(bundle, info).read_bytes()
 
 
-def test_attention_as_an_operator_without_plugins(exported: Exported) -> None:
-    info = build_engine(exported("fp16", attention="plugin"), sm=(80,), plugins=False)
-    assert (info.plugins, info.num_plugin_layers) == ((), 0)
+def test_attention_is_a_plugin_only_among_plugins(exported: Exported) -> None:
+    bundle = exported("fp16")
+    with pytest.raises(EngineError, match="leave out --no-plugins or --attention plugin"):
+        build_engine(bundle, plugins=False, attention="plugin")
+    with pytest.raises(EngineError, match="attention 'flash' is none of: standard, plugin"):
+        build_engine(bundle, attention="flash")
 
 
 @pytest.mark.parametrize("quantize", [None, "int8", "int4", "fp8", "nvfp4"])

@@ -112,6 +112,7 @@ def job_for(network: Network, folder: Path, precision: Precision) -> BuildJob:
         capabilities=(89, 120),  # the first has fp8, which earlier ones refuse
         profile=network.profile,
         plugin_library=str(find_plugin_library()),
+        attention="plugin",
     )
 
 

@@ -23,8 +23,7 @@ from export_helpers import (
 )
 from helpers import assert_close, small_config
 
-from megalodon_deploy.bundle import Bundle, open_bundle
-from megalodon_deploy.errors import UserError
+from megalodon_deploy.bundle import Bundle
 from megalodon_deploy.export import export_checkpoint
 from megalodon_deploy.export.builder import IR_VERSION, OPSET
 from megalodon_deploy.export.operators import DOMAIN, DOMAIN_VERSION
@@ -130,45 +129,28 @@ def test_schema_infers_the_shape_and_finds_contradictions() -> None:
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bundle, Bundle]:
-    """A checkpoint and its two bundles: with the operator, and with standard nodes."""
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bundle]:
+    """A checkpoint and its bundle."""
     root = tmp_path_factory.mktemp("attention")
     ckpt = write_seeded(root / "ckpt", CONFIG)
-    made = [export_checkpoint(ckpt, root / name, attention=name) for name in ("plugin", "standard")]
-    return ckpt, made[0], made[1]
-
-
-def test_the_bundle_says_which_attention_it_has(bundles: tuple[Path, Bundle, Bundle], tmp_path: Path) -> None:
-    ckpt, plugin, standard = bundles
-    for bundle, expected, count in ((plugin, "plugin", CONFIG.num_layers), (standard, "standard", 0)):
-        assert open_bundle(bundle.path).manifest.attention == expected
-        model = onnx.load(bundle.model_path, load_external_data=False)
-        assert sum(node.op_type == "ChunkAttention" for node in model.graph.node) == count
-        assert ("ChunkAttention" in {function.name for function in model.functions}) == (count > 0)
-        assert any(node.op_type == "Softmax" for node in model.graph.node) == (count == 0)
-    with pytest.raises(UserError, match="attention 'flash' cannot be exported; there are: standard, plugin"):
-        export_checkpoint(ckpt, tmp_path / "bundle", attention="flash")  # type: ignore[arg-type]
+    return ckpt, export_checkpoint(ckpt, root / "bundle")
 
 
 @pytest.mark.parametrize(
     ("positions", "num_tokens", "capacity"),
     [([0], 1, 0), ([7, 20, 0], 1, 40), ([7, 20, 0], 20, 40), ([70, 3], 64, 3), ([140], 70, 0), ([69], 1, 70)],
 )
-def test_calls_agree(
-    bundles: tuple[Path, Bundle, Bundle], positions: list[int], num_tokens: int, capacity: int
-) -> None:
-    ckpt, plugin, standard = bundles
+def test_calls_agree(exported: tuple[Path, Bundle], positions: list[int], num_tokens: int, capacity: int) -> None:
+    ckpt, bundle = exported
     feeds = random_call(CONFIG, positions, num_tokens, capacity=capacity)
-    found = run_onnx(plugin, feeds)
-    assert_outputs_close(found, run_torch(ckpt, feeds), 5e-6)
-    assert_outputs_close(found, run_onnx(standard, feeds), 5e-6)
+    assert_outputs_close(run_onnx(bundle, feeds), run_torch(ckpt, feeds), 5e-6)
 
 
 @pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
 def test_quantised_memory_goes_into_the_operator(tmp_path: Path, kv_dtype: Any) -> None:
-    """Codes and scales are its inputs; verification runs both bundles against PyTorch, token by token and in calls."""
+    """Codes and scales are its inputs; verification runs the bundle against PyTorch, token by token and in calls."""
     ckpt = write_seeded(tmp_path / "ckpt", CONFIG)
-    bundle = export_checkpoint(ckpt, tmp_path / "bundle", attention="plugin", kv_dtype=kv_dtype)
+    bundle = export_checkpoint(ckpt, tmp_path / "bundle", kv_dtype=kv_dtype)
     model = onnx.load(bundle.model_path, load_external_data=False)
     node = next(node for node in model.graph.node if node.op_type == "ChunkAttention")
     names = ["past_key.0", "past_value.0", "position", "past_key_scale.0", "past_value_scale.0"]
@@ -180,7 +162,7 @@ def test_quantised_memory_goes_into_the_operator(tmp_path: Path, kv_dtype: Any) 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_bundles_run_widened(tmp_path: Path, precision: Any) -> None:
     """As `verify` runs them where an executor lacks bf16."""
-    bundle = export_seeded(tmp_path, CONFIG, precision=precision, attention="plugin")
+    bundle = export_seeded(tmp_path, CONFIG, precision=precision)
     widened = write_widened(bundle, tmp_path / "wide")
     feeds = random_call(CONFIG, [7, 0], 5)
     session = onnxruntime.InferenceSession(widened, providers=["CPUExecutionProvider"])

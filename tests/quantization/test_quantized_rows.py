@@ -117,7 +117,7 @@ def test_verification_sees_a_graph_that_attends_to_unrounded_rows(tmp_path: Path
     bundle = export_seeded(tmp_path, small_config(), kv_dtype="fp8")
     model = onnx.load(bundle.path / MODEL_FILE, load_external_data=False)
     nodes = {node.name.removeprefix("/layers.0/mega/attention/"): node for node in model.graph.node}
-    nodes["new_context"].input[1] = nodes["value_magnitude"].input[0]
+    nodes["attended"].input[2] = nodes["value_magnitude"].input[0]
     del model.graph.value_info[:]
     (bundle.path / MODEL_FILE).write_bytes(model.SerializeToString())
     assert not verify_bundle(bundle, ckpt=tmp_path / "ckpt").passed

@@ -61,7 +61,7 @@ def optimised_operators(bundle: Bundle, built: Path | None, directory: Path) -> 
 def test_compiled_operators_take_the_place_of_function_bodies(
     make_bundle: MakeBundle, built: Path, tmp_path: Path
 ) -> None:
-    ours = {"ComplexEMA", "TimestepNorm"}
+    ours = {"ChunkAttention", "ComplexEMA", "TimestepNorm"}
     assert ours <= optimised_operators(make_bundle(), built, tmp_path)
     assert not ours & optimised_operators(make_bundle(), None, tmp_path)
 

@@ -136,7 +136,9 @@ def rotate_from_the_wrong_row(model: onnx.ModelProto) -> None:
 
 
 def look_one_row_too_far(model: onnx.ModelProto) -> None:
-    node(model, "call.past_is_filled").op_type = "LessOrEqual"
+    (function,) = (function for function in model.functions if function.name == "ChunkAttention")
+    (filled,) = (node for node in function.node if "past_is_filled" in node.output)
+    filled.op_type = "LessOrEqual"
 
 
 def rename_output(model: onnx.ModelProto) -> None:
@@ -160,7 +162,7 @@ def rename_input(model: onnx.ModelProto) -> None:
 
 
 def break_graph(model: onnx.ModelProto) -> None:
-    node(model, "call.past_is_filled").op_type = "NoSuchOperator"
+    node(model, "call.rows").op_type = "NoSuchOperator"
 
 
 def replace_value(model: onnx.ModelProto, value: str, steps: list[onnx.NodeProto]) -> None:

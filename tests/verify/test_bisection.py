@@ -66,13 +66,13 @@ SIZES = {"model_dim": 64, "z_dim": 32, "value_dim": 64, "ffn_hidden_dim": 96, "n
     ("precision", "config", "options"),
     [
         ("fp32", {}, {}),
-        ("fp32", SWITCHES | {"share_emb": True}, {"attention": "plugin"}),
+        ("fp32", SWITCHES | {"share_emb": True}, {}),
         ("fp32", SIZES, {"quantize": "int8", "kv_dtype": "fp8"}),
         ("fp16", {}, {}),
         ("fp16", SWITCHES, {"kv_dtype": "int8"}),
-        ("fp16", SIZES, {"quantize": "int4", "kv_dtype": "fp8", "attention": "plugin"}),
+        ("fp16", SIZES, {"quantize": "int4", "kv_dtype": "fp8"}),
         ("bf16", {}, {"kv_dtype": "int8"}),
-        ("bf16", SWITCHES | SIZES, {"quantize": "int4", "attention": "plugin"}),
+        ("bf16", SWITCHES | SIZES, {"quantize": "int4"}),
     ],
     ids=str,
 )

@@ -1,5 +1,5 @@
-"""Faults in a graph of every option at once: half precision, 4-bit matrices, quantised keys and values, our attention
-operator. Each is found under its name, and the first wrong tensor inside the graph, too."""
+"""Faults in a graph of every option at once: half precision, 4-bit matrices, quantised keys and values.
+Each is found under its name, and the first wrong tensor inside the graph, too."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megalodon_deploy.export import export_checkpoint
 @pytest.fixture(scope="module")
 def quantized(quantized_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     target = tmp_path_factory.mktemp("bundle") / "quantized"
-    options = {"precision": "fp16", "quantize": "int4", "kv_dtype": "int8", "attention": "plugin"}
+    options = {"precision": "fp16", "quantize": "int4", "kv_dtype": "int8"}
     return export_checkpoint(quantized_checkpoint, target, **options)
 
 

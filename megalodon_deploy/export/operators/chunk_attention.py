@@ -1,4 +1,4 @@
-"""`ChunkAttention`: attention to the rows of the open chunk, past and new, as an ONNX function and as plain nodes.
+"""`ChunkAttention`: attention to the rows of the open chunk, past and new, as an ONNX function.
 
     out_t = sum_j w_tj value_j,   w_t = softmax over j of q_t . key_j
 
@@ -8,7 +8,6 @@ softmax is float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,31 +56,27 @@ def chunk_attention_function(*, scaled: bool = False) -> ir.Function:
     chunk_size = builder.op("Constant", name="chunk_size", value_int=reference)
     filled_B = builder.op("Mod", position_B, chunk_size, name="filled_rows")
     filled_B1 = builder.op("Unsqueeze", filled_B, builder.constant([1], "axis_1"))
-    visible = emit_visible_rows(builder, filled_B1, operands.query, operands.past_key, time_axis=2)
-    scores = builder.op("Cast", emit_scores(builder, operands), to=FLOAT, name="scores_float")
-    weights = builder.op("CastLike", emit_softmax(builder, scores, visible), operands.query, name="weights_cast")
-    outputs = {"out": emit_sum(builder, operands, emit_parts(builder, weights, visible))}
+    visible = _visible_rows(builder, filled_B1, operands)
+    scores = builder.op("Cast", _scores(builder, operands), to=FLOAT, name="scores_float")
+    weights = builder.op("CastLike", _softmax(builder, scores, visible), operands.query, name="weights_cast")
+    outputs = {"out": _weighted_sum(builder, operands, weights, visible)}
     return make_function(builder, NAME, inputs, outputs, [ir.Attr(CHUNK_SIZE, ir.AttributeType.INT, None)])
 
 
 def _widen(builder: GraphBuilder, rows: ir.Value, scale_BHS: ir.Value, like: ir.Value) -> ir.Value:
     """Quantised rows [B, H, S, width] times their scales, in the type of `like`."""
     scale_BHS1 = builder.op("Unsqueeze", scale_BHS, builder.constant([3], "axis_3"))
-    wide = builder.op("Mul", builder.op("Cast", rows, to=FLOAT), scale_BHS1)
+    unit = builder.scalar(1, np.float32, "unit_scale")  # TensorRT lets nothing else read codes
+    wide = builder.op("Mul", builder.op("DequantizeLinear", rows, unit), scale_BHS1)
     return builder.op("CastLike", wide, like, name="past_rows")
 
 
-def emit_visible_rows(
-    builder: GraphBuilder, filled_B1: ir.Value, tokens: ir.Value, past: ir.Value, *, time_axis: int
-) -> VisibleRows:
-    """Past rows below `filled_B1`, and new rows up to the token's own.
-
-    `tokens` has B as its first and T as its `time_axis`th axis, `past` is [B, H, S, ...].
-    """
+def _visible_rows(builder: GraphBuilder, filled_B1: ir.Value, operands: Operands) -> VisibleRows:
+    """Past rows below `filled_B1`, and new rows up to the token's own."""
     zero, one = builder.scalar(0, np.int64, "zero"), builder.scalar(1, np.int64, "one")
-    batch = builder.op("Shape", tokens, start=0, end=1, name="batch")
-    num_tokens = builder.op("Shape", tokens, start=time_axis, end=time_axis + 1, name="num_tokens")
-    capacity = builder.op("Shape", past, start=2, end=3, name="capacity")
+    batch = builder.op("Shape", operands.query, start=0, end=1, name="batch")
+    num_tokens = builder.op("Shape", operands.query, start=2, end=3, name="num_tokens")
+    capacity = builder.op("Shape", operands.past_key, start=2, end=3, name="capacity")
     ranges = []
     for length, axis in ((capacity, "S"), (num_tokens, "T")):
         values = builder.op("Range", zero, builder.op("Squeeze", length), one, name=f"rows_{axis}")
@@ -100,7 +95,7 @@ def emit_visible_rows(
     return VisibleRows(mask, builder.op("Concat", capacity, num_tokens, axis=0, name="row_counts"))
 
 
-def emit_scores(builder: GraphBuilder, operands: Operands) -> ir.Value:
+def _scores(builder: GraphBuilder, operands: Operands) -> ir.Value:
     """Queries times past and new keys, [B, H, T, S + T]."""
     scores = [
         builder.op("MatMul", operands.query, builder.op("Transpose", rows, perm=[0, 1, 3, 2]), name=name)
@@ -109,20 +104,16 @@ def emit_scores(builder: GraphBuilder, operands: Operands) -> ir.Value:
     return builder.op("Concat", *scores, axis=-1, name="scores")
 
 
-def emit_softmax(builder: GraphBuilder, scores: ir.Value, visible: VisibleRows) -> ir.Value:
+def _softmax(builder: GraphBuilder, scores: ir.Value, visible: VisibleRows) -> ir.Value:
     """Weights of the visible rows from float32 scores."""
     hidden = builder.scalar(-np.inf, np.float32, "minus_infinity")
     masked = builder.op("Where", visible.mask, scores, hidden, name="masked_scores")
     return builder.op("Softmax", masked, axis=-1, name="weights")
 
 
-def emit_parts(builder: GraphBuilder, weights: ir.Value, visible: VisibleRows) -> Sequence[ir.Value]:
-    """The weights of past and of new rows, [B, H, T, S] and [B, H, T, T]."""
-    return builder.multi("Split", weights, visible.counts, names=["past_weights", "new_weights"], axis=-1)
-
-
-def emit_sum(builder: GraphBuilder, operands: Operands, parts: Sequence[ir.Value]) -> ir.Value:
-    """Weights of past and new rows times their values: [B, H, T, dv]."""
-    past_weights, new_weights = parts
+def _weighted_sum(builder: GraphBuilder, operands: Operands, weights: ir.Value, visible: VisibleRows) -> ir.Value:
+    """Weights [B, H, T, S + T] times the values of past and new rows: [B, H, T, dv]."""
+    names = ["past_weights", "new_weights"]
+    past_weights, new_weights = builder.multi("Split", weights, visible.counts, names=names, axis=-1)
     past_sum = builder.op("MatMul", past_weights, operands.past_value, name="past_context")
     return builder.op("Add", past_sum, builder.op("MatMul", new_weights, operands.value, name="new_context"))

@@ -16,6 +16,7 @@ Past tensors of a row at position 0 are NaN and masked rows hold large numbers, 
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,12 @@ def _register_library() -> Path:
         return default_build_dir() / REGISTER_FILE
 
 
+def _tool() -> str:
+    """The tool of this environment, which need not be on the search path."""
+    beside = Path(sys.executable).with_name("polygraphy")
+    return str(beside) if beside.is_file() else "polygraphy"
+
+
 def _script(bundle: Bundle, outputs: Sequence[Arrays], purposes: Sequence[str]) -> str:
     shapes: dict[str, Any] = optimization_profile(bundle.config, max_batch=1)
     lines = {
@@ -151,6 +158,7 @@ def _script(bundle: Bundle, outputs: Sequence[Arrays], purposes: Sequence[str]) 
         calls="\n".join(f"#   {index}: {purpose}" for index, purpose in enumerate(purposes)),
         model=shlex.quote(str(bundle.model_path.resolve())),
         plugins=shlex.quote(str(_register_library())),
+        tool=shlex.quote(_tool()),
         absolute=_absolute_tolerances(bundle, outputs, int8_products=False),
         absolute_cpu=_absolute_tolerances(bundle, outputs, int8_products=has_int8_products(bundle.manifest)),
         **lines,
@@ -181,7 +189,7 @@ _SCRIPT = """#!/usr/bin/env bash
 {calls}
 set -euo pipefail
 cd "$(dirname "${{BASH_SOURCE[0]}}")"
-POLYGRAPHY=${{POLYGRAPHY:-polygraphy}}
+POLYGRAPHY=${{POLYGRAPHY:-{tool}}}
 MODEL=${{MODEL:-{model}}}
 PLUGINS=${{PLUGINS:-{plugins}}}
 CPU=(--onnxrt --providers cpu)
@@ -194,6 +202,12 @@ ENGINE=(--strongly-typed --plugins "$PLUGINS" --onnx-flags ENABLE_PLUGIN_OVERRID
 use_rtx() {{ export POLYGRAPHY_USE_TENSORRT_RTX=1 LD_LIBRARY_PATH="$PWD/lib${{LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}}"; }}
 
 purpose=${{1:-}}; shift || true
+case $purpose in trt | trt-rtx | both | build-rtx)
+    [ -f "$PLUGINS" ] || {{
+        echo "$PLUGINS is missing: run make plugins in a clone of megalodon-deploy, or set PLUGINS=PATH" >&2
+        exit 2
+    }} ;;
+esac
 case $purpose in
 onnxrt) "$POLYGRAPHY" run "$MODEL" "${{CPU[@]}}" "${{INPUTS[@]}}" "${{COMPARE_CPU[@]}}" "$@" ;;
 loader) "$POLYGRAPHY" run "$MODEL" "${{CPU[@]}}" --data-loader-script data_loader.py "${{COMPARE_CPU[@]}}" "$@" ;;

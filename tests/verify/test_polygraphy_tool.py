@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +28,7 @@ def emitted(bundle: Bundle, checkpoint: Path, tmp_path_factory: pytest.TempPathF
 
 
 def polygraphy(directory: Path, purpose: str, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    tool = str(Path(sys.executable).with_name("polygraphy"))
-    environment = os.environ | {"POLYGRAPHY": tool} | variables
+    environment = os.environ | {"PATH": "/usr/bin:/bin"} | variables  # the tool is found without its environment
     command = ["bash", directory / "polygraphy.sh", purpose, *options]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -75,6 +73,14 @@ def test_stock_polygraphy_builds_with_tensorrt_rtx(quantized_checkpoint: Path, t
     content = (tmp_path / "files" / "model.engine").read_bytes()
     assert b"ComplexEMA" in content
     assert b"TimestepNorm" in content
+
+
+@pytest.mark.parametrize("purpose", ["trt", "trt-rtx", "both", "build-rtx"])
+def test_without_the_plugins_the_script_says_how_to_get_them(emitted: Path, tmp_path: Path, purpose: str) -> None:
+    missing = tmp_path / "none.so"
+    done = polygraphy(emitted, purpose, PLUGINS=str(missing))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"{missing} is missing: run make plugins")
 
 
 def test_without_a_purpose_the_script_lists_them(emitted: Path) -> None:

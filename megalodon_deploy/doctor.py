@@ -85,21 +85,31 @@ def _cuda_driver() -> str | None:
 
 def visible_gpus() -> str | None:
     """Names of the GPUs that the CUDA driver shows; None where there is no driver or no GPU."""
+    return ", ".join(f"{name} (sm_{capability})" for name, capability in _gpus()) or None
+
+
+def first_gpu_capability() -> int | None:
+    """Compute capability, 89 for 8.9, of the GPU that programs take by default."""
+    return next((capability for _, capability in _gpus()), None)
+
+
+def _gpus() -> list[tuple[str, int]]:
+    """Name and compute capability of each."""
     driver = _load_cuda_driver()
     count = ctypes.c_int()
-    if driver is None or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
-        return None
-    return ", ".join(_gpu(driver, index) for index in range(count.value))
+    if driver is None or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return []
+    return [_gpu(driver, index) for index in range(count.value)]
 
 
-def _gpu(driver: ctypes.CDLL, index: int) -> str:
+def _gpu(driver: ctypes.CDLL, index: int) -> tuple[str, int]:
     device, name = ctypes.c_int(), ctypes.create_string_buffer(128)
     major, minor = ctypes.c_int(), ctypes.c_int()
     driver.cuDeviceGet(ctypes.byref(device), index)
     driver.cuDeviceGetName(name, len(name), device)
     driver.cuDeviceGetAttribute(ctypes.byref(major), _COMPUTE_MAJOR, device)
     driver.cuDeviceGetAttribute(ctypes.byref(minor), _COMPUTE_MINOR, device)
-    return f"{name.value.decode()} (sm_{major.value}{minor.value})"
+    return name.value.decode(), 10 * major.value + minor.value
 
 
 def _or_missing(find: Callable[[], object]) -> str | None:

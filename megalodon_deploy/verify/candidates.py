@@ -60,7 +60,7 @@ def cpu_candidates(bundle: Bundle) -> tuple[list[Candidate], list[NotRun]]:
     else:
         load = functools.partial(open_exact, bundle.model_path)
         candidates.append(_onnx_candidate(bundle, "onnxruntime", "the graph as it is, on the CPU", precision, load))
-    candidates.append(_session_candidate(bundle, session_backend(bundle)))
+    candidates.append(session_candidate(bundle, session_backend(bundle)))
     return candidates, not_run
 
 
@@ -120,7 +120,7 @@ def carried_candidate(
     return Candidate(name, what, contract, open_graph, max_batch)
 
 
-def _session_candidate(bundle: Bundle, backend: str) -> Candidate:
+def session_candidate(bundle: Bundle, backend: str, *, max_batch: int | None = None) -> Candidate:
     """Streams in one batch. Key and value rows stay inside; they show in what follows from them."""
     precision, name = bundle.manifest.precision, f"{backend} session"
     int8_products = backend == "onnxruntime" and has_int8_products(bundle.manifest)
@@ -135,6 +135,5 @@ def _session_candidate(bundle: Bundle, backend: str) -> Candidate:
         load_once = functools.cache(lambda: open_session(bundle, backend))
         return lambda schedule, start: SessionRunner(load_once, schedule, start, name=name)
 
-    return Candidate(
-        name, f"Session and Stream of the runtime, {precision}", contract, open_runtime, keeps_streams=True
-    )
+    what = f"Session and Stream of the runtime, {precision}"
+    return Candidate(name, what, contract, open_runtime, max_batch, keeps_streams=True)

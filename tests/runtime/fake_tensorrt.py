@@ -115,12 +115,12 @@ class FakeTensorRT(ModuleType):
                 if set(self.shapes) == inputs - weights and (self.shapes, self.addresses) != getattr(
                     self, "bound", None
                 ):
-                    self.inner.bind(self.tensors())
+                    self.inner.bind(self._tensors())
                     self.bound = (dict(self.shapes), dict(self.addresses))
                 self.inner.enqueue()
                 return True
 
-            def tensors(self) -> dict[str, Tensor]:
+            def _tensors(self) -> dict[str, Tensor]:
                 dims = {"B": self.shapes["tokens"][0], "T": self.shapes["tokens"][1], "K": 1}
                 tensors = {}
                 for node in nodes:
@@ -149,11 +149,11 @@ class FakeTensorRT(ModuleType):
             def create_runtime_config(self) -> RuntimeConfig:
                 return RuntimeConfig()
 
-            def create_execution_context(self, settings: RuntimeConfig) -> ExecutionContext | None:
-                assert settings.allocation == "user managed"
-                assert settings.runtime_cache is not None
+            def create_execution_context(self, runtime_config: RuntimeConfig) -> ExecutionContext | None:
+                assert runtime_config.allocation == "user managed"
+                assert runtime_config.runtime_cache is not None
                 self.budgets.append(self.weight_streaming_budget_v2)
-                is_eager = settings.dynamic_shapes_kernel_specialization_strategy == "eager"
+                is_eager = runtime_config.dynamic_shapes_kernel_specialization_strategy == "eager"
                 return None if "context" in fake.fails else ExecutionContext(is_eager)
 
         class Runtime:

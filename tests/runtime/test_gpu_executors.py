@@ -289,7 +289,7 @@ def test_the_real_module_has_what_is_called() -> None:
         ],
     }.items():
         assert not [name for name in names if not hasattr(kind, name)]
-    errors = tensorrt._Errors(trt)
+    errors = tensorrt.TensorRTErrors(trt)
     errors.logger.log(trt.ILogger.Severity.ERROR, "one\ntwo")
     errors.logger.log(trt.ILogger.Severity.WARNING, "three")
     assert errors.take() == "one two"

@@ -1,9 +1,8 @@
-"""Candidates other than the graph in ONNX Runtime: a runtime that is wrong, engines that cannot run here."""
+"""Candidates other than the graph in ONNX Runtime: a runtime that is wrong."""
 
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,17 +11,14 @@ import pytest
 from helpers import small_config
 from verify.conftest import Verify
 
-from megalodon_deploy.bundle import ENGINE_FILE, ENGINE_INFO_FILE, ENGINES_DIR, Bundle, FileEntry, open_bundle
-from megalodon_deploy.engine import EngineInfo
-from megalodon_deploy.engine.profile import optimization_profile
+from megalodon_deploy.bundle import Bundle
 from megalodon_deploy.errors import EngineError
 from megalodon_deploy.runtime.executors.base import Executor, SlotMemory
 from megalodon_deploy.runtime.sampling import Choice
 from megalodon_deploy.runtime.saved_stream import SavedStream
 from megalodon_deploy.runtime.session import Session, open_session
 from megalodon_deploy.runtime.stream import Stream
-from megalodon_deploy.verify import candidates, engines
-from megalodon_deploy.verify.finding import Finding
+from megalodon_deploy.verify import candidates
 from megalodon_deploy.verify.session_streams import SessionRunner
 
 
@@ -165,68 +161,3 @@ def test_a_runtime_that_cannot_open_the_bundle_is_a_miss(
     misses = verify_copy(bundle, checkpoint).misses
     assert {(miss.candidate, miss.tensor) for miss in misses} == {("onnxruntime session", "all outputs")}
     assert "no such luck" in misses[0].describe()
-
-
-def add_engine(bundle: Bundle, name: str, *, flavour: str = "tensorrt-rtx", precision: str = "fp32") -> None:
-    directory = bundle.path / ENGINES_DIR / name
-    directory.mkdir(parents=True)
-    (directory / ENGINE_FILE).write_bytes(b"no engine")
-    info = EngineInfo(
-        id=name,
-        flavour=flavour,
-        version="1.7",
-        compute_capabilities=(89,),
-        hardware_compatible=False,
-        version_compatible=False,
-        precision=precision,
-        max_batch=1,
-        profile=optimization_profile(bundle.config, max_batch=1),
-        plugins=(),
-        num_plugin_layers=0,
-        plugin_library=None,
-        weights="engine",
-        bundle_weights={},
-        norm_update="float64",
-        bundle_fingerprint=bundle.manifest.fingerprint,
-        engine=FileEntry.of(directory / ENGINE_FILE),
-        build_seconds=1.0,
-        peak_memory_bytes=1,
-    )
-    (directory / ENGINE_INFO_FILE).write_text(info.to_json())
-
-
-@pytest.fixture
-def with_engines(bundle: Bundle, tmp_path: Path) -> Bundle:
-    shutil.copytree(bundle.path, tmp_path / "bundle")
-    copy = open_bundle(tmp_path / "bundle")
-    add_engine(copy, "a")
-    add_engine(copy, "b", precision="bf16")
-    add_engine(copy, "c", flavour="tensorrt")
-    return copy
-
-
-def test_engines_without_a_gpu_are_named_with_the_reason(with_engines: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "visible_gpus", lambda: None)
-    found, not_run = engines.engine_candidates(with_engines)
-    assert found == []
-    assert {(item.what, item.why) for item in not_run} == {
-        (f"engine {name}", "no NVIDIA GPU is visible on this machine") for name in "abc"
-    }
-
-
-def test_with_a_gpu_an_engine_is_run_and_one_that_fails_is_a_miss(
-    with_engines: Bundle, checkpoint: Path, verify_copy: Verify, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engines, "visible_gpus", lambda: "a GPU that is not there")
-    monkeypatch.setattr("polygraphy.config.USE_TENSORRT_RTX", False)
-    (with_engines.path / ENGINES_DIR / "a" / ENGINE_FILE).write_bytes(b"changed..")
-    report = verify_copy(with_engines, checkpoint)
-    misses: list[Finding] = report.misses
-    assert {(miss.candidate, miss.tensor) for miss in misses} == {("engine a", "all outputs")}
-    assert "sha256" in misses[0].describe()
-    assert {item.what for item in report.not_run} == {
-        "engine b",
-        "engine c",
-        "engine a, schedule batch",
-        "engine a, schedule edges",
-    }

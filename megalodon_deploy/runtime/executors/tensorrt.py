@@ -6,7 +6,8 @@ Only the calls into TensorRT are here; what is bound and when is decided in `meg
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,9 +68,9 @@ class _Engine:
     def __init__(self, trt: Any, path: Path, info: EngineInfo, library: Path, gpu: Gpu) -> None:
         self.max_slots = info.max_batch
         self._trt, self._gpu = trt, gpu
-        self._errors = _Errors(trt)
+        self._errors = TensorRTErrors(trt)
         if info.plugins:
-            _load_plugins(trt, library, info)
+            load_plugins(trt, library, info)
         self._runtime = trt.Runtime(self._errors.logger)  # has to outlive the engine
         if info.version_compatible:
             self._runtime.engine_host_code_allowed = True  # such an engine brings a runtime of its own
@@ -126,7 +127,7 @@ class _Engine:
 
 
 class _Context:
-    def __init__(self, trt: Any, engine: Any, context: Any, gpu: Gpu, errors: _Errors) -> None:
+    def __init__(self, trt: Any, engine: Any, context: Any, gpu: Gpu, errors: TensorRTErrors) -> None:
         self._context, self._gpu, self._errors = context, gpu, errors
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         self._inputs = {name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT}
@@ -148,7 +149,7 @@ class _Context:
         return True if ask is None else bool(ask(self._gpu.stream))
 
 
-class _Errors:
+class TensorRTErrors:
     """TensorRT's error messages, for ours."""
 
     def __init__(self, trt: Any) -> None:
@@ -165,6 +166,14 @@ class _Errors:
         self.logger = Logger()  # TensorRT keeps a bare pointer to it
         self._lines = lines
 
+    @contextmanager
+    def told(self, what: str) -> Iterator[None]:
+        """Let whatever goes wrong become an `EngineError` that says `what`, and why according to TensorRT."""
+        try:
+            yield
+        except Exception as error:
+            raise EngineError(f"{what}: {' '.join(str(error).split())} ({self.take()})") from error
+
     def take(self) -> str:
         text = "; ".join(self._lines[-2:])
         self._lines.clear()
@@ -180,7 +189,7 @@ def import_tensorrt(flavour: Flavour) -> Any:
         raise MissingDependencyError(f"backend {flavour} needs the module {info.module}: {info.install}") from error
 
 
-def _load_plugins(trt: Any, library: Path, info: EngineInfo) -> None:
+def load_plugins(trt: Any, library: Path, info: EngineInfo) -> None:
     """Register the library's creators, once in a process."""
     registry = trt.get_plugin_registry()
     known = {creator.name for creator in registry.all_creators}

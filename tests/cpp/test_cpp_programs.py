@@ -139,6 +139,10 @@ add_executable(cpp_program main.cpp)
 add_executable(c_program main.c)
 target_link_libraries(cpp_program PRIVATE megalodon::runtime)
 target_link_libraries(c_program PRIVATE megalodon::runtime)
+set_target_properties(c_program PROPERTIES C_STANDARD 99 C_EXTENSIONS OFF)
+set_target_properties(cpp_program c_program PROPERTIES NO_SYSTEM_FROM_IMPORTED ON)  # warnings of our headers too
+target_compile_options(cpp_program PRIVATE -Wall -Wextra -Wpedantic -Werror)
+target_compile_options(c_program PRIVATE -Wall -Wextra -pedantic -Werror)
 """
 C_PROGRAM = """
 #include <megalodon_runtime.h>

@@ -55,9 +55,7 @@ void SlotMemory::run(SlotRange range, const std::vector<std::int64_t>& tokens,
 
 void SlotMemory::run_together(SlotRange range, const std::vector<std::int64_t>& tokens,
                               const std::vector<std::int64_t>& positions, std::int64_t num_tokens) {
-    CallBuffers piece;
-    if (num_tokens > 1) piece = make_buffers(range.size(), num_tokens);
-    CallBuffers& buffers = num_tokens > 1 ? piece : step_buffers(range.size());
+    CallBuffers& buffers = num_tokens > 1 ? piece_buffers(range.size(), num_tokens) : step_buffers(range.size());
     engine_.upload(buffers.tokens.data(), tokens.data(), tokens.size() * sizeof tokens[0]);
     engine_.upload(buffers.position.data(), positions.data(), positions.size() * sizeof positions[0]);
     PreparedStep* step = num_tokens == 1 && is_whole(range) ? prepared_step(buffers) : nullptr;
@@ -72,6 +70,7 @@ void SlotMemory::run_together(SlotRange range, const std::vector<std::int64_t>& 
         keep_last_logits(range, num_tokens, buffers);
     }
     renew(range);
+    if (!engine_.has_fixed_shapes()) piece_ = {};
 }
 
 // One token for some of the slots, where a call is one of all. The others' new rows go behind those that count, where
@@ -118,6 +117,8 @@ std::vector<std::int64_t> SlotMemory::choose(const std::vector<TokenChoice>& cho
 
 SlotMemory::CallBuffers SlotMemory::make_buffers(std::int64_t batch, std::int64_t num_tokens) {
     CallBuffers buffers;
+    buffers.batch = batch;
+    buffers.num_tokens = num_tokens;
     buffers.tokens = Buffer(engine_, bytes_of({batch, num_tokens}, DType::int64));
     buffers.position = Buffer(engine_, bytes_of({batch}, DType::int64));
     if (manifest_.returns_all_logits && num_tokens > 1) {
@@ -134,6 +135,16 @@ SlotMemory::CallBuffers& SlotMemory::step_buffers(std::int64_t batch) {
     const auto found = step_buffers_.find(batch);
     if (found != step_buffers_.end()) return found->second;
     return step_buffers_.emplace(batch, make_buffers(batch, 1)).first->second;
+}
+
+// For several tokens. Main memory is given back after the call; that of a device stays, for the longest piece so far:
+// allocating there waits for all its work.
+SlotMemory::CallBuffers& SlotMemory::piece_buffers(std::int64_t batch, std::int64_t num_tokens) {
+    if (piece_.batch != batch || piece_.num_tokens < num_tokens) {
+        piece_ = {};  // first, so that there need not be room for both
+        piece_ = make_buffers(batch, num_tokens);
+    }
+    return piece_;
 }
 
 StepPlan SlotMemory::plan(SlotRange range, std::int64_t num_tokens, const CallBuffers& buffers) const {

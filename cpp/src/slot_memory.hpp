@@ -92,8 +92,9 @@ class SlotMemory {
     // What a call needs besides the state.
     struct CallBuffers {
         Buffer tokens, position;
-        Buffer all_logits;             // of all positions, where a call of several tokens returns them
-        std::vector<Buffer> new_rows;  // in the order of `appended_`
+        Buffer all_logits;                       // of all positions, where a call of several tokens returns them
+        std::vector<Buffer> new_rows;            // in the order of `appended_`
+        std::int64_t batch = 0, num_tokens = 0;  // that there is room for
     };
 
     bool is_whole(SlotRange range) const { return range.size() == num_slots_; }
@@ -103,6 +104,7 @@ class SlotMemory {
     void run_apart(std::int64_t slot, const std::vector<std::int64_t>& tokens, std::int64_t position);
     CallBuffers make_buffers(std::int64_t batch, std::int64_t num_tokens);
     CallBuffers& step_buffers(std::int64_t batch);
+    CallBuffers& piece_buffers(std::int64_t batch, std::int64_t num_tokens);
     StepPlan plan(SlotRange range, std::int64_t num_tokens, const CallBuffers& buffers) const;
     PreparedStep* prepared_step(const CallBuffers& buffers);
     void append(SlotRange range, const std::vector<std::int64_t>& positions, std::int64_t num_tokens,
@@ -127,6 +129,7 @@ class SlotMemory {
     std::vector<Pair> pairs_;                           // the logits last
     std::size_t half_ = 0;                              // how often the pairs have changed places, modulo 2
     std::map<std::int64_t, CallBuffers> step_buffers_;  // for calls of one token, by batch
+    CallBuffers piece_;                                 // for calls of several tokens
     // Steps of all slots, by `half_`; none before the first, and where the engine prepares none.
     std::optional<std::unique_ptr<PreparedStep>> steps_[2];
     std::unique_ptr<SlotMemory> beside_;  // of one slot, for longer pieces of one of several slots

@@ -172,6 +172,7 @@ FAKE_EXPORT CUresult cuMemAlloc(CUdeviceptr* memory, std::size_t bytes) {
         block.start = (first + kAlignment - 1) / kAlignment * kAlignment + kDeviceOffset;
         *memory = block.start;
         blocks[block.start] = std::move(block);
+        ++fake_gpu_control.num_allocations;
         ++fake_gpu_control.num_live;
         return CUDA_SUCCESS;
     });

@@ -13,6 +13,7 @@ struct FakeGpuControl {
     int num_captures = 0;  // graphs
     int num_launches = 0;
     int num_synchronisations = 0;
+    int num_allocations = 0;
     int num_live = 0;  // allocations, streams, graphs and execution contexts that nobody has given back
 };
 

@@ -118,6 +118,19 @@ TEST_P(Gpu, AGeneratedTokenIsALaunchAndOneWait) {
     EXPECT_EQ(tokens, expected);
 }
 
+TEST_P(Gpu, PiecesOfAPromptShareTheirMemory) {
+    Session shared = session(), alone = on_cpu();
+    StreamBatch batch = shared.batch(2);
+    Stream streams[] = {batch.admit(), batch.admit()}, twins[] = {alone.stream(), alone.stream()};
+    EXPECT_EQ(streams[0].prefill({1, 2, 3, 4, 5}), twins[0].prefill({1, 2, 3, 4, 5}));
+    const int allocations = control_->num_allocations;
+    for (const int which : {1, 0, 1}) {
+        EXPECT_EQ(streams[which].prefill({1, 2, 3}), twins[which].prefill({1, 2, 3}));
+        EXPECT_EQ(streams[which].prefill({7, 8, 9, 10}), twins[which].prefill({7, 8, 9, 10}));
+    }
+    EXPECT_EQ(control_->num_allocations, allocations);
+}
+
 TEST_P(Gpu, WithoutGraphsStepsRunPlainly) {
     control_->refuses_capture = true;
     Session shared = session(), alone = on_cpu();

@@ -18,12 +18,13 @@ from runtime.fake_tensorrt import engine_info
 
 from megalodon_deploy.bundle import WEIGHTS_FILE, Bundle
 from megalodon_deploy.config import MegalodonConfig
-from megalodon_deploy.errors import UserError
+from megalodon_deploy.errors import StateError, UserError
 from megalodon_deploy.parameters import num_parameters
 from megalodon_deploy.runtime.bench import bench_bundle, state_bytes_per_token, weight_bytes_per_token
 from megalodon_deploy.runtime.bench.run import _Readers
 from megalodon_deploy.runtime.bench.stock_tools import command_lines
 from megalodon_deploy.runtime.bench.sweeps import BatchSweep
+from megalodon_deploy.runtime.bench.tokens import UNTIMED_TOKENS, next_tokens, timed_tokens
 from megalodon_deploy.runtime.session import Session
 
 MakeBundle = Callable[..., Bundle]
@@ -122,6 +123,22 @@ def test_a_gpu_is_measured_with_its_own_memory(make_bundle: MakeBundle) -> None:
     sweep = BatchSweep(gpu_session, [1, 2, 16])
     sweep.measure(2)
     assert [times.batch for times in sweep.times()] == [1, 2], "the engine was built for 8 streams"
+
+
+def test_a_timed_token_is_a_launch_and_one_wait(make_bundle: MakeBundle) -> None:
+    executor = FakeCudaExecutor(make_bundle())
+    stream, gpu = Session(make_bundle(), executor).stream(), executor.gpu
+    stream.prefill([1, 2, 3])
+    assert timed_tokens(stream.batch, [stream], 0) == []
+    assert len(gpu.graphs) == 2, "what is made once is made before times are taken"
+    launches, waits = gpu.launches, gpu.synchronizations
+    assert len(timed_tokens(stream.batch, [stream], 7)) == 7
+    assert gpu.launches - launches == gpu.synchronizations - waits == UNTIMED_TOKENS + 7
+    assert len(gpu.graphs) == 2
+    tensors = stream.snapshot().tensors
+    stream.batch._memory.write(0, stream.position, {name: array * np.nan for name, array in tensors.items()})
+    with pytest.raises(StateError, match="not finite"):
+        next_tokens(stream.batch, [stream])
 
 
 def test_stock_tools_get_the_shapes_of_a_step(make_bundle: MakeBundle) -> None:

@@ -17,6 +17,7 @@ from megalodon_deploy.runtime.bench.reads import state_bytes_per_token, weight_b
 from megalodon_deploy.runtime.bench.report import BackendTimes, BenchReport
 from megalodon_deploy.runtime.bench.stock_tools import command_lines
 from megalodon_deploy.runtime.bench.sweeps import BatchSweep, PositionSweep
+from megalodon_deploy.runtime.bench.tokens import UNTIMED_TOKENS, next_tokens, timed_tokens
 from megalodon_deploy.runtime.stats import peak_memory_bytes
 
 if TYPE_CHECKING:
@@ -57,8 +58,8 @@ def bench_bundle(
 ) -> BenchReport:
     """Measure prefill and decode of one stream, in `rounds` turns with the other backend and the bandwidth.
 
-    Every turn feeds a fresh stream `prompt_tokens` random tokens, then its share of `decode_tokens` one by one; then as
-    many steps of each of `batches` (streams in a call) and at each of `positions` (tokens before).
+    Every turn feeds a fresh stream `prompt_tokens` random tokens, then generates its share of `decode_tokens`, each the
+    most probable; then as many with each of `batches` (streams in a call) and at each of `positions` (tokens before).
     `device` is for both backends. `threads` None: each backend's own choice, and one for each core to read memory.
     Raises what `open_session` raises, and `UserError` for a count below 1.
     """
@@ -72,16 +73,16 @@ def bench_bundle(
         _open(bundle, name, threads, device, readers, batches, positions)
         for name in dict.fromkeys([backend, compare or backend])
     ]
-    tokens = np.random.default_rng(0).integers(0, bundle.config.vocab_size, prompt_tokens + decode_tokens).tolist()
+    prompt = np.random.default_rng(0).integers(0, bundle.config.vocab_size, prompt_tokens).tolist()
     steps_per_round = -(-decode_tokens // rounds)
     for index in range(rounds):
         report("measuring", index / rounds)
         for reader in readers.used:
             reader.measure()
         for contestant in contestants:
-            _measure(contestant, tokens[:prompt_tokens], tokens[prompt_tokens:][:steps_per_round])
+            _measure(contestant, prompt, steps_per_round)
     report("measuring", 1.0)
-    positions_of_steps = prompt_tokens + 1 + np.arange(steps_per_round)
+    positions_of_steps = prompt_tokens + UNTIMED_TOKENS + np.arange(steps_per_round)
     state = state_bytes_per_token(bundle.config, bundle.manifest.precision, positions_of_steps)
     return _report(bundle, contestants, threads, prompt_tokens, weight_bytes, state)
 
@@ -161,18 +162,15 @@ def _open(
     return _Contestant(session, load, readers.of(session), *sweeps)
 
 
-def _measure(contestant: _Contestant, prompt: list[int], tokens: list[int]) -> None:
+def _measure(contestant: _Contestant, prompt: list[int], steps: int) -> None:
     stream = contestant.session.stream()
     start = time.perf_counter()
-    stream.prefill(prompt)
+    stream.batch.consume({stream: prompt})
+    next_tokens(stream.batch, [stream])
     contestant.prompts.append(time.perf_counter() - start)
-    stream.step(tokens[0])  # binds its buffers
-    for token in tokens:
-        start = time.perf_counter()
-        stream.step(token)
-        contestant.steps.append(time.perf_counter() - start)
-    contestant.by_batch.measure(len(tokens))
-    contestant.by_position.measure(len(tokens))
+    contestant.steps += timed_tokens(stream.batch, [stream], steps)
+    contestant.by_batch.measure(steps)
+    contestant.by_position.measure(steps)
 
 
 def _times(contestant: _Contestant, prompt_tokens: int, read_bytes: int) -> BackendTimes:

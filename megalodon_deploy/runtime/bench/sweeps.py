@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ import numpy as np
 
 from megalodon_deploy.errors import UserError
 from megalodon_deploy.runtime.bench.report import BatchTimes, PositionTimes
+from megalodon_deploy.runtime.bench.tokens import timed_tokens
 from megalodon_deploy.runtime.stream import Stream
 
 if TYPE_CHECKING:
@@ -40,11 +40,7 @@ class BatchSweep:
 
     def measure(self, steps: int) -> None:
         for size, (batch, streams) in self._batches.items():
-            for index in range(steps + 1):
-                start = time.perf_counter()
-                batch.step(dict.fromkeys(streams, 0))
-                if index:  # the first binds buffers
-                    self._seconds[size].append(time.perf_counter() - start)
+            self._seconds[size] += timed_tokens(batch, streams, steps)
 
     def times(self) -> list[BatchTimes]:
         medians = {size: float(np.median(seconds)) for size, seconds in self._seconds.items()}
@@ -74,11 +70,7 @@ class PositionSweep:
     def measure(self, steps: int) -> None:
         for position in self._positions:
             stream = self._session.stream(resume=replace(self._state, position=position))
-            for index in range(steps + 1):
-                start = time.perf_counter()
-                stream.step(0)
-                if index:
-                    self._seconds[position].append(time.perf_counter() - start)
+            self._seconds[position] += timed_tokens(stream.batch, [stream], steps)
 
     def times(self) -> list[PositionTimes]:
         return [

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from megalodon_deploy.errors import UserError
 from megalodon_deploy.runtime.sampling import SamplingParams
 from megalodon_deploy.runtime.stop_strings import StopStrings
-from megalodon_deploy.tokenizers import Detokenizer, Tokenizer
+from megalodon_deploy.tokenizers import Detokenizer
+
+if TYPE_CHECKING:
+    from megalodon_deploy.runtime.session import Session
 
 Finish = Literal["length", "stop_token", "stop_string"]
 
@@ -24,23 +27,25 @@ class GeneratedToken:
 
 
 class Generation:
-    """One run of generation on a stream. Raises `UserError` for a value that makes no sense."""
+    """One run of generation on a stream, with the arguments of `Stream.generate`. Raises `UserError` for a value that
+    makes no sense."""
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        session: Session,
         *,
         max_new_tokens: int | None,
         sampling: SamplingParams | None,
-        stop_tokens: Sequence[int],
+        stop_tokens: Sequence[int] | None,
         stop_strings: Sequence[str],
     ) -> None:
         if max_new_tokens is not None and max_new_tokens < 1:
             raise UserError(f"max_new_tokens = {max_new_tokens} is not a positive integer")
         self.sampling = sampling or SamplingParams.greedy()
-        self._tokenizer = tokenizer
+        self._tokenizer = session.tokenizer
         self._left = max_new_tokens
-        self._stop_tokens = frozenset(stop_tokens)
+        default_stops = session.bundle.manifest.tokenizer.stop_tokens
+        self._stop_tokens = frozenset(default_stops if stop_tokens is None else stop_tokens)
         self._stops = StopStrings(stop_strings)
         self._detokenizer: Detokenizer | None = None
 

@@ -87,12 +87,11 @@ class Scheduler:
         thread that does the work; what it raises ends its request. Raises `UserError` for a value that makes no
         sense; what is wrong with a prompt or a saved stream is raised by reading the request.
         """
-        default_stops = self._session.bundle.manifest.tokenizer.stop_tokens
         generation = Generation(
-            self._session.tokenizer,
+            self._session,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            stop_tokens=default_stops if stop_tokens is None else stop_tokens,
+            stop_tokens=stop_tokens,
             stop_strings=stop_strings,
         )
         job = _Job(Request(self, on_token), generation, prompt, resume, keep)

@@ -74,12 +74,11 @@ class Stream:
         token or stop string. The token that was generated last is consumed by the next call on the stream.
         Raises `UserError` for a value that makes no sense, and for a fresh stream without a prompt.
         """
-        default_stops = self._session.bundle.manifest.tokenizer.stop_tokens
         generation = Generation(
-            self._session.tokenizer,
+            self._session,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            stop_tokens=default_stops if stop_tokens is None else stop_tokens,
+            stop_tokens=stop_tokens,
             stop_strings=stop_strings,
         )
         return self._generate(self.prompt_tokens(prompt), generation)

@@ -41,6 +41,7 @@ ENGINE_INFO_FILE = "engine.json"
 
 Precision = Literal["fp32", "fp16", "bf16"]
 LogitsMode = Literal["last", "all"]
+AttentionKind = Literal["standard", "plugin"]  # what computes it in engines: TensorRT's own operators, or ours
 TokenizerKind = Literal["bytes", "tokenizer.json", "sentencepiece", "none"]  # none: token numbers only
 
 
@@ -74,6 +75,7 @@ class Manifest:
     precision: Precision
     logits: LogitsMode
     quantization: Quantization | None = None
+    attention: AttentionKind = "standard"  # in engines, where `build` is not told
     tokenizer: TokenizerInfo
     files: Mapping[str, FileEntry]  # by path relative to the bundle, with forward slashes
     tools: Mapping[str, str]  # versions of what wrote it
@@ -120,6 +122,7 @@ class Manifest:
             "precision": self.precision,
             "logits": self.logits,
             "quantization": None if self.quantization is None else self.quantization.to_dict(),
+            "attention": self.attention,
             "tokenizer": asdict(self.tokenizer),
             "state": _state_table(self.config),
             "files": {path: asdict(entry) for path, entry in self.files.items()},
@@ -140,6 +143,7 @@ class Manifest:
                 precision=_choice(document["precision"], Precision),
                 logits=_choice(document["logits"], LogitsMode),
                 quantization=_quantization(document["quantization"]),
+                attention=_choice(document["attention"], AttentionKind),
                 tokenizer=_tokenizer(document["tokenizer"]),
                 files={path: _file_entry(path, entry) for path, entry in document["files"].items()},
                 tools=dict(document["tools"]),

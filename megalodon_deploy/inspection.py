@@ -27,6 +27,7 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "quality": manifest.quality.describe() if manifest.quality else None,
         "quantization": manifest.quantization.describe() if manifest.quantization else None,
         "logits": manifest.logits,
+        "attention": manifest.attention,
         "tokenizer": manifest.tokenizer.kind,
         "config": config.to_dict(),
         "num_parameters": num_parameters(config),
@@ -56,6 +57,7 @@ def inspection_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         *([("quality", report["quality"])] if report["quality"] else []),
         ("tokenizer", report["tokenizer"]),
         ("logits", f"{report['logits']} position" + ("s" if report["logits"] == "all" else "")),
+        ("attention in engines", report["attention"]),
         *[
             ("engine", f"{engine['id']}: {format_bytes(engine['engine']['size_bytes'])}")
             for engine in report["engines"]

@@ -39,9 +39,7 @@ from megalodon_deploy.console import format_bytes, progress_bar
 @click.option(
     "--attention",
     type=click.Choice(["standard", "plugin"]),
-    default="standard",
-    show_default=True,
-    help="What computes attention: TensorRT's operators or our plugin.",
+    help="What computes attention: TensorRT's operators or our plugin; default: as exported.",
 )
 @click.option("--max-batch", type=int, default=1, show_default=True, help="Most streams in one call.")
 @click.option("--overwrite", is_flag=True, help="Replace engines of the same names.")

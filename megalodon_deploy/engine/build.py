@@ -20,10 +20,10 @@ from megalodon_deploy.engine.needs import estimate_needs
 from megalodon_deploy.engine.profile import optimization_profile
 from megalodon_deploy.engine.targets import (
     Flavour,
-    check_attention,
     check_flavour,
     check_version_compatible,
     check_weights,
+    choose_attention,
     one_engine_each,
     select_capabilities,
 )
@@ -39,7 +39,7 @@ def build_engine(
     plugins: bool = True,
     max_batch: int = 1,
     weights: str = "engine",
-    attention: str = "standard",
+    attention: str | None = None,
     hardware_compatible: bool = False,
     version_compatible: bool = False,
     overwrite: bool = False,
@@ -53,13 +53,14 @@ def build_engine(
     tokens. Without `plugins` all operators are standard ones, and TimestepNorm's update runs in float32, which drifts
     on streams of millions of tokens. `weights`: "engine" puts them into the engine; "bundle" leaves the matrices in
     the bundle's weight file, so that neither engine nor build grow with the model; "streamed" engines keep what finds
-    no room on the GPU in main memory. `attention`: TensorRT's operators, or our "plugin".
+    no room on the GPU in main memory. `attention`: "standard", TensorRT's operators, or our
+    "plugin"; None: what the bundle was exported for.
 
     Raises `MissingDependencyError` when TensorRT or the plugin library is not installed, and `EngineError`, in one
     line, for everything that TensorRT refuses; the bundle is then as it was.
     """
     flavour = check_flavour(target)
-    place, attended = check_weights(weights), check_attention(attention, plugins=plugins)
+    place, attended = check_weights(weights), choose_attention(bundle, attention, plugins=plugins)
     if version_compatible:
         check_version_compatible(flavour)
     capabilities = _capabilities(bundle, flavour, sm, plugins=plugins)

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megalodon_deploy.bundle import Precision
+from megalodon_deploy.bundle import AttentionKind, Precision
 from megalodon_deploy.engine.profile import ShapeRange
-from megalodon_deploy.engine.targets import EngineAttention, EngineWeights, Flavour
+from megalodon_deploy.engine.targets import EngineWeights, Flavour
 from megalodon_deploy.engine.weight_inputs import WeightPlace
 
 
@@ -28,7 +28,7 @@ class BuildJob:
     profile: Mapping[str, ShapeRange]
     plugin_library: str | None
     weights: EngineWeights = "engine"
-    attention: EngineAttention = "standard"
+    attention: AttentionKind = "standard"
     hardware_compatible: bool = False  # full TensorRT: for Ampere and later
     version_compatible: bool = False
 

@@ -10,15 +10,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
-from megalodon_deploy.bundle import Precision
+from megalodon_deploy.bundle import AttentionKind, Bundle, Precision
 from megalodon_deploy.errors import EngineError
 
 Flavour = Literal["tensorrt-rtx", "tensorrt"]
 # Where an engine's matrices are: inside it; in the bundle's weight file, from where they are bound as inputs; or inside
 # it but in main memory, from where they are streamed as far as they find no room on the GPU.
 EngineWeights = Literal["engine", "bundle", "streamed"]
-# What computes attention within a chunk: TensorRT's standard operators, or our plugin.
-EngineAttention = Literal["standard", "plugin"]
 
 RTX_CAPABILITIES = (75, 80, 86, 89, 120, 121)
 # Turing has neither bf16 nor, in TensorRT-RTX, FP32 matrix products: it is built for only when asked. One more
@@ -117,13 +115,16 @@ def one_engine_each(target: str, sm: Sequence[int] | None, *, hardware_compatibl
     return [[each] for each in sorted(set(sm))]
 
 
-def check_attention(attention: str, *, plugins: bool) -> EngineAttention:
-    """`attention` as what computes it; raises `EngineError` when there is no such, or not without `plugins`."""
-    if attention not in get_args(EngineAttention):
-        raise EngineError(f"attention {attention!r} is none of: {', '.join(get_args(EngineAttention))}")
+def choose_attention(bundle: Bundle, attention: str | None, *, plugins: bool) -> AttentionKind:
+    """`attention`, or what the bundle was exported for where it is None and there are `plugins`; raises `EngineError`
+    when there is no such, or not without plugins."""
+    if attention is None:
+        return bundle.manifest.attention if plugins else "standard"
+    if attention not in get_args(AttentionKind):
+        raise EngineError(f"attention {attention!r} is none of: {', '.join(get_args(AttentionKind))}")
     if attention == "plugin" and not plugins:
         raise EngineError("attention as a plugin goes with plugins: leave out --no-plugins or --attention plugin")
-    return cast(EngineAttention, attention)
+    return cast(AttentionKind, attention)
 
 
 def check_weights(weights: str) -> EngineWeights:

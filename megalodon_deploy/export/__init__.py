@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megalodon_deploy.bundle import Bundle, LogitsMode, Precision
+from megalodon_deploy.bundle import AttentionKind, Bundle, LogitsMode, Precision
 from megalodon_deploy.config import KeyValueType
 from megalodon_deploy.errors import MissingDependencyError
 
@@ -34,6 +34,7 @@ def export_checkpoint(
     quantize_output: str | None = None,
     calibrate: str | Path | None = None,
     gate: str | Path | None = None,
+    attention: AttentionKind = "standard",
     name: str | None = None,
     tokenizer: str | Path | None = None,
     overwrite: bool = False,
@@ -53,13 +54,15 @@ def export_checkpoint(
         calibrate: a text on which to choose codes with GPTQ, so that the matrices' outputs stay.
         gate: a held-out text on which to compare the bundle with the checkpoint in float32; the manifest keeps the
             numbers, and a bundle that fails its limits (`Quality`) passes no verification.
+        attention: what computes it in engines, where `build` is not told: TensorRT's operators or our plugin. The
+            graph is the same.
         name: the model's name in the manifest; default the name of `out`.
         tokenizer: a `tokenizer.json` or SentencePiece file; default the checkpoint's own.
         overwrite: replace a bundle that is there. Anything else that is there is never replaced.
         progress: called with a stage and the fraction done.
 
     Raises:
-        UserError: an unknown precision or kind of logits, a tokenizer file that is not there.
+        UserError: an unknown precision, kind of logits or attention, a tokenizer file that is not there.
         CheckpointError: a checkpoint that is incomplete or damaged, or weights beyond the range of fp16.
         BundleError: `out` exists or cannot be written.
         MissingDependencyError: without the packages of the extra `export`.
@@ -76,6 +79,7 @@ def export_checkpoint(
         quantize_output=quantize_output,
         calibrate=Path(calibrate) if calibrate is not None else None,
         gate=Path(gate) if gate is not None else None,
+        attention=attention,
         name=name,
         tokenizer=Path(tokenizer) if tokenizer is not None else None,
         overwrite=overwrite,

@@ -19,6 +19,7 @@ from megalodon_deploy.bundle import (
     MANIFEST_FILE,
     MODEL_FILE,
     WEIGHTS_FILE,
+    AttentionKind,
     Bundle,
     FileEntry,
     LogitsMode,
@@ -61,6 +62,7 @@ class ExportOptions:
     quantize_output: str | None = None
     calibrate: Path | None = None
     gate: Path | None = None
+    attention: AttentionKind = "standard"
     name: str | None = None
     tokenizer: Path | None = None
     overwrite: bool = False
@@ -99,6 +101,7 @@ def _check_options(options: ExportOptions) -> None:
         ("precision", options.precision, get_args(Precision)),
         ("logits", options.logits, get_args(LogitsMode)),
         ("kv_dtype", options.kv_dtype, get_args(KeyValueType)),
+        ("attention", options.attention, get_args(AttentionKind)),
     ):
         if value not in known:
             raise UserError(f"{what} {value!r} cannot be exported; there are: {', '.join(known)}")
@@ -222,6 +225,7 @@ def _manifest(
         precision=options.precision,
         logits=options.logits,
         quantization=quantization,
+        attention=options.attention,
         tokenizer=tokenizer,
         files={file: FileEntry.of(directory / file) for file in files},
         tools={"megalodon-deploy": megalodon_deploy.__version__} | {tool: version(tool) for tool in _TOOLS},

@@ -14,13 +14,14 @@ import pytest
 import torch
 from helpers import assert_close, small_config
 
-from megalodon_deploy.bundle import Bundle, Precision
+from megalodon_deploy.bundle import AttentionKind, Bundle, Precision
 from megalodon_deploy.config import KeyValueType
 from megalodon_deploy.engine import build_engine, check_engine
 from megalodon_deploy.engine.child import _environment
 from megalodon_deploy.engine.graph import prepare_graph
 from megalodon_deploy.engine.library import REGISTER_FILE, find_plugin_library
 from megalodon_deploy.engine.profile import ShapeRange, optimization_profile
+from megalodon_deploy.engine.targets import choose_attention
 from megalodon_deploy.errors import EngineError
 from megalodon_deploy.export import export_checkpoint
 from megalodon_deploy.model.checkpoint import save_checkpoint
@@ -40,12 +41,13 @@ def exported(tmp_path: Path) -> Exported:
         logits: Any = "last",
         kv_dtype: KeyValueType = "activation",
         quantize: str | None = None,
+        attention: AttentionKind = "standard",
         **overrides: Any,
     ) -> Bundle:
         torch.manual_seed(0)
         checkpoint, bundle = tmp_path / "checkpoint", tmp_path / "bundle"
         save_checkpoint(Megalodon(small_config(**overrides)), checkpoint)
-        choices = {"logits": logits, "kv_dtype": kv_dtype, "quantize": quantize}
+        choices = {"logits": logits, "kv_dtype": kv_dtype, "quantize": quantize, "attention": attention}
         return export_checkpoint(checkpoint, bundle, precision=precision, **choices)
 
     return make
@@ -88,15 +90,19 @@ def test_standard_operators_alone(exported: Exported, precision: Precision, over
     ("precision", "kv_dtype"), [("fp32", "activation"), ("fp16", "activation"), ("fp16", "fp8"), ("bf16", "int8")]
 )
 def test_attention_as_a_plugin(exported: Exported, precision: Precision, kv_dtype: KeyValueType) -> None:
-    bundle = exported(precision, kv_dtype=kv_dtype)
-    info = build_engine(bundle, sm=(89,), max_batch=2, attention="plugin")
+    as_exported = precision != "fp32"
+    bundle = exported(precision, kv_dtype=kv_dtype, attention="plugin" if as_exported else "standard")
+    info = build_engine(bundle, sm=(89,), max_batch=2, attention=None if as_exported else "plugin")
     assert info.plugins == ("ChunkAttention", "TimestepNorm", "TimestepNormComplexEMA")
     assert info.num_plugin_layers == 2 * bundle.config.num_layers + 1
     assert b"ChunkAttention" in check_engine(bundle, info).read_bytes()
 
 
 def test_attention_is_a_plugin_only_among_plugins(exported: Exported) -> None:
-    bundle = exported("fp16")
+    bundle = exported("fp16", attention="plugin")
+    assert choose_attention(bundle, None, plugins=True) == "plugin"
+    assert choose_attention(bundle, None, plugins=False) == "standard"
+    assert choose_attention(bundle, "standard", plugins=True) == "standard"
     with pytest.raises(EngineError, match="leave out --no-plugins or --attention plugin"):
         build_engine(bundle, plugins=False, attention="plugin")
     with pytest.raises(EngineError, match="attention 'flash' is none of: standard, plugin"):

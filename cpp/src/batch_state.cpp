@@ -59,7 +59,7 @@ void BatchState::feed(std::vector<Fed> waiting) {
             const std::int64_t rows_left = chunk_size - fed.stream->position() % chunk_size;
             length = std::min({length, rows_left, static_cast<std::int64_t>(fed.tokens.size())});
         }
-        for (const SlotRange range : ranges(waiting))
+        for (const SlotRange range : ranges(waiting, length))
             call(range, length, waiting);
         for (Fed& fed : waiting)
             fed.tokens.erase(fed.tokens.begin(), fed.tokens.begin() + length);
@@ -68,9 +68,10 @@ void BatchState::feed(std::vector<Fed> waiting) {
     }
 }
 
-// The fewest contiguous ranges that hold every active slot and no stream that waits. Free slots may lie between: they
-// run as fresh streams, which their next stream takes no notice of.
-std::vector<SlotRange> BatchState::ranges(const std::vector<Fed>& waiting) const {
+// The fewest contiguous ranges that hold every active slot and no stream that waits. In steps of one token free slots
+// may lie between: they run as fresh streams, which their next stream takes no notice of. Longer pieces would cost time
+// and rows for nobody.
+std::vector<SlotRange> BatchState::ranges(const std::vector<Fed>& waiting, std::int64_t length) const {
     std::vector<bool> is_active(streams_.size(), false);
     for (const Fed& fed : waiting)
         is_active[static_cast<std::size_t>(fed.stream->slot())] = true;
@@ -85,7 +86,7 @@ std::vector<SlotRange> BatchState::ranges(const std::vector<Fed>& waiting) const
                 found.push_back({slot, slot + 1});
             }
             is_open = true;
-        } else if (streams_[index] != nullptr) {
+        } else if (streams_[index] != nullptr || length > 1) {
             is_open = false;
         }
     }

@@ -62,7 +62,7 @@ class BatchState {
 
  private:
     std::int64_t free_slot() const;
-    std::vector<SlotRange> ranges(const std::vector<Fed>& waiting) const;
+    std::vector<SlotRange> ranges(const std::vector<Fed>& waiting, std::int64_t length) const;
     void call(SlotRange range, std::int64_t length, const std::vector<Fed>& waiting);
 
     std::shared_ptr<SessionState> session_;

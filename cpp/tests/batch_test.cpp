@@ -75,6 +75,8 @@ TEST_F(Batch, StreamsAdvanceInOneCall) {
     batch.retire(second);
     batch.feed({{&first, {1}}, {&third, {3}}});  // a free slot runs along
     EXPECT_EQ(fake->num_calls, 4);
+    batch.feed({{&first, {1, 2}}, {&third, {3, 4}}});  // but not for several tokens
+    EXPECT_EQ(fake->num_calls, 6);
 }
 
 TEST_F(Batch, ADeviceStepsAllSlotsAtOnceByTwoPreparedSteps) {

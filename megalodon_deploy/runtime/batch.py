@@ -151,7 +151,8 @@ class StreamBatch:
     def _ranges(self, active: set[int], length: int) -> Iterator[slice]:
         """The fewest contiguous ranges that hold every active slot and no stream that waits.
 
-        Free slots may lie between: they run as fresh streams, which their next stream takes no notice of.
+        In steps of one token free slots may lie between: they run as fresh streams, which their next stream takes no
+        notice of. Longer pieces would cost time and rows for nobody.
         """
         taken = {slot for slot, reference in enumerate(self._slots) if reference is not None}
         if length == 1 and self._memory.prefers_whole_steps and taken <= active:
@@ -161,7 +162,7 @@ class StreamBatch:
         for slot in range(self.num_slots + 1):
             if slot in active:
                 first, last = (slot if first is None else first), slot
-            elif first is not None and last is not None and (slot == self.num_slots or self._slots[slot] is not None):
+            elif first is not None and last is not None and (slot == self.num_slots or slot in taken or length > 1):
                 yield slice(first, last + 1)
                 first = last = None
 

@@ -137,6 +137,17 @@ def test_choosing_consumes_what_was_chosen_before_and_needs_a_beginning() -> Non
     assert stream.position == twin.position, "nothing was consumed"
 
 
+def test_free_slots_run_along_in_steps_alone() -> None:
+    session = fake_session(small_config(vocab_size=64, num_layers=1, chunk_size=8))
+    batch = session.batch(3)
+    first, gone, last = batch.admit(), batch.admit(), batch.admit()
+    batch.retire(gone)
+    calls = session.executor.memories[0].calls  # type: ignore[attr-defined]
+    batch.feed({first: [1], last: [2]})
+    batch.feed({first: [1, 2], last: [3, 4]})
+    assert calls == [(0, 3, 1), (0, 1, 2), (2, 3, 2)]
+
+
 def test_a_stream_of_another_session_is_not_taken() -> None:
     config = small_config(vocab_size=64, num_layers=1, chunk_size=8)
     stranger = fake_session(config).stream()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -31,13 +32,11 @@ def atomic_file(target: Path) -> Iterator[Path]:
     """
     with _naming(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        os.close(handle)
-        temporary = Path(name)
+        temporary = _temporary_beside(target)
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # with the rights of any new file
         try:
             yield temporary
             _sync(temporary)
-            os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, target)
             _sync(target.parent)
         finally:
@@ -55,16 +54,20 @@ def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
         raise FileExistsError(f"{target} exists already")
     with _naming(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        temporary = _temporary_beside(target)
+        temporary.mkdir()
         try:
             yield temporary
             for file in temporary.rglob("*"):
                 _sync(file)
-            os.chmod(temporary, 0o777 & ~_umask())
             _replace_directory(temporary, target)
             _sync(target.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary_beside(target: Path) -> Path:
+    return target.parent / f".{target.name}.{secrets.token_hex(8)}"
 
 
 @contextmanager
@@ -106,9 +109,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

@@ -59,6 +59,16 @@ def test_failed_directory_keeps_the_old_one(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["bundle"]
 
 
+def test_rights_are_those_of_any_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = os.umask(0o027)
+    with monkeypatch.context() as patch:
+        patch.delattr(os, "umask")  # it is the whole process's: changed here, other threads' files would show it
+        with atomic_file(tmp_path / "file"), atomic_directory(tmp_path / "directory"):
+            pass
+    os.umask(before)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("file", "directory")] == [0o640, 0o750]
+
+
 @pytest.mark.parametrize("write", [atomic_file, atomic_directory])
 def test_an_error_names_what_was_to_be_written(
     tmp_path: Path, write: Callable[..., AbstractContextManager[Path]]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -56,13 +58,18 @@ def _head(report: VerifyReport) -> str:
     verdict = "passed" if report.passed else "failed"
     cards = "".join(f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for name, value in facts)
     bundle = report.bundle
+    positions = {"last": "a call's last position", "all": "all positions"}[bundle["logits"]]
     return (
         f'<header><p class="badge {verdict}" id="verdict">{verdict}</p><h1>{escape(bundle["name"])}</h1>'
         f'<p class="lead">{escape(report.verdict())}</p>'
-        f'<p class="muted">{escape(bundle["precision"])}, logits of {escape(bundle["logits"])} positions, '
-        f"fingerprint {escape(bundle['fingerprint'][:16])}, {escape(report.date)}</p>"
+        f'<p class="muted">{escape(bundle["precision"])}, logits of {positions}, '
+        f"fingerprint {escape(bundle['fingerprint'][:16])}, {_time(report.date)}</p>"
         f'<div class="cards">{cards}</div></header>'
     )
+
+
+def _time(iso: str) -> str:
+    return f"{datetime.fromisoformat(iso):%Y-%m-%d %H:%M} UTC"
 
 
 def _diagnoses(report: VerifyReport) -> str:
@@ -85,12 +92,14 @@ def _bisection(report: VerifyReport) -> str:
 
 
 def _worst(report: VerifyReport) -> str:
-    header = (*report.table_header(), "")
+    candidate, tensor, *others = report.table_header()
+    header = (candidate, tensor, "", *others)  # the bar is seen on narrow screens, too
     rows = []
     for finding, row in zip(report.worst, report.table_rows(), strict=True):
         share = min(finding.share, 1.0)
         bar = f'<span class="bar {"ok" if finding.passed else "bad"}"><i style="width:{share:.1%}"></i></span>'
-        rows.append([*(escape(cell) for cell in row), bar])
+        cells = [escape(cell) for cell in row]
+        rows.append([*cells[:2], bar, *cells[2:]])
     return _section("Worst error of each kind of tensor", _raw_table(header, rows))
 
 
@@ -186,8 +195,13 @@ def _table(header: Sequence[str], rows: Iterable[Row]) -> str:
 def _raw_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Cells are HTML already."""
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
-    body = "".join(f"<tr{_row_class(row)}>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    body = "".join(f"<tr{_row_class(row)}>{''.join(_cell(cell) for cell in row)}</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _cell(cell: str) -> str:
+    is_number = re.fullmatch(r"-?[0-9.,]+(e[-+][0-9]+)?%?", cell)
+    return f'<td class="number">{cell}</td>' if is_number else f"<td>{cell}</td>"
 
 
 def _row_class(row: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-NUM_COLOURS = 7
+NUM_COLOURS = 8
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 12, 44
 _LEGEND_LINE = 20
 _CHARACTER = 6.8  # width of the legend's letters, about
@@ -94,8 +94,9 @@ def _range(axis: Axis, values: Iterable[float]) -> Span:
 def _ticks(axis: Axis, span: Span) -> list[tuple[float, str]]:
     """(value, text)."""
     if axis.names:
-        step = max(1, math.ceil(len(axis.names) / 16))
-        return [(index, name) for index, name in enumerate(axis.names) if index % step == 0]
+        last, step = len(axis.names) - 1, max(1, math.ceil(len(axis.names) / 16))
+        shown = [index for index in range(0, last, step) if last - index >= step] + [last]
+        return [(index, axis.names[index]) for index in shown]
     if axis.is_log:
         low, high = round(span[0]), round(span[1])
         step = max(1, math.ceil((high - low) / 8))

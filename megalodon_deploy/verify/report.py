@@ -78,7 +78,7 @@ class VerifyReport:
         if not self.findings:
             return "failed: nothing was compared"
         if self.passed:
-            return f"passed: {len(self.findings)} comparisons within tolerance"
+            return f"passed: {len(self.findings):,} comparisons within tolerance"
         if not self.misses:
             return f"failed: {self._other_failures()[0]}"
         first = self.diagnoses[0]

@@ -13,6 +13,7 @@ from megalodon_deploy.verify.tolerance import KINDS
 
 _FLOOR = 1e-6  # of an error over its tolerance; smaller ones are drawn there
 _CEILING = 1e6  # what could not be compared is drawn there
+_COLOURS = {kind: colour for colour, kind in enumerate(kind for kind in KINDS if kind != "activation")}
 _SHARE = Axis(label="error / tolerance", is_log=True, floor=_FLOOR)
 
 
@@ -45,8 +46,11 @@ def layer_plot(findings: Sequence[Finding], candidate: str) -> str:
                 worst[layer] = max(worst.get(layer, finding), finding, key=lambda it: it.share)
         found = sorted(worst.items(), key=lambda item: layers.index(item[0]))
         points = [(float(layers.index(layer)), _height(finding)) for layer, finding in found]
-        colour = KINDS.index(kind) if kind in KINDS else len(KINDS)
-        series.append(Series(kind, colour, points, [_label(finding) for _, finding in found], is_line=len(points) > 1))
+        series.append(
+            Series(
+                kind, _COLOURS.get(kind, 0), points, [_label(finding) for _, finding in found], is_line=len(points) > 1
+            )
+        )
     title = f"Error over tolerance, by layer: {candidate}"
     return plot(title, series, Axis(label="layer", names=layers), _SHARE, limit=1.0)
 
@@ -113,8 +117,9 @@ def _candidates(findings: Iterable[Finding]) -> list[str]:
 
 
 def _layer(finding: Finding) -> str:
-    stem, _, layer = finding.tensor.rpartition(".")
-    return layer if stem else "logits"
+    """The logits come right behind the final norm."""
+    layer = finding.tensor.rpartition(".")[2]
+    return layer if layer.isdigit() else "end"
 
 
 def _height(finding: Finding) -> float:

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,10 @@ from megalodon_deploy.verify import verify_bundle, write_html
 from megalodon_deploy.verify.finding import Finding
 from megalodon_deploy.verify.long_stream import LongStream
 from megalodon_deploy.verify.report import VerifyReport
+from megalodon_deploy.verify.report_plots import layer_plot
+from megalodon_deploy.verify.tolerance import KINDS
 
+CANDIDATE = "onnxruntime"
 MEASURE = """<script>
 const plots = [...document.querySelectorAll("svg.plot")].map(svg => {
   const frame = svg.getBoundingClientRect();
@@ -28,6 +32,7 @@ const plots = [...document.querySelectorAll("svg.plot")].map(svg => {
       && box.top >= frame.top - 2 && box.bottom <= frame.bottom + 2;
   });
   return {width: frame.width, height: frame.height, dots: svg.querySelectorAll("circle").length, inside,
+    letters: svg.querySelector("text.tick").getBoundingClientRect().height,
     name: svg.getAttribute("aria-label"), colour: getComputedStyle(svg.querySelector("circle")).fill};
 });
 const badge = document.getElementById("verdict");
@@ -83,6 +88,34 @@ def test_a_browser_shows_verdict_and_plots(browser: str, right: VerifyReport, tm
         assert plot["height"] > 200
         assert plot["dots"] > 2
         assert plot["colour"] != "rgb(0, 0, 0)"
+
+
+def test_a_narrow_screen_shows_verdict_and_letters(browser: str, right: VerifyReport, tmp_path: Path) -> None:
+    (text,) = right.text
+    long_path = dataclasses.replace(text, text="/a/path" * 20)
+    found = open_page(browser, dataclasses.replace(right, text=(long_path,)), tmp_path, "--window-size=500,2000")
+    assert found["verdict"] == "PASSED"
+    assert found["overflow"] <= 0
+    for plot in found["plots"]:
+        assert plot["letters"] > 10, plot["name"]
+    page = (tmp_path / "report.html").read_text()
+    assert page.index('class="bar ok"') < page.index('<td class="number">')
+
+
+def test_many_layers_are_told_apart(right: VerifyReport) -> None:
+    """Of a large model with quantised keys and values: one colour for each kind, as many numbers as there is room."""
+    kinds = [kind for kind in KINDS if kind != "activation"]
+    findings = [
+        dataclasses.replace(right.findings[0], tensor=f"present_{kind}.{layer}", kind=kind)
+        for kind in kinds
+        for layer in [*range(48), "final"]
+    ]
+    svg = layer_plot([*findings, dataclasses.replace(right.findings[0], tensor="logits", kind="logits")], CANDIDATE)
+    assert len(set(re.findall(r'class="line (s\d)"', svg))) == len(kinds)
+    ticks = re.findall(r'class="tick x" x="([\d.]+)" y="[\d.]+">(\w+)<', svg)
+    assert [name for _, name in ticks] == [*(str(layer) for layer in range(0, 48, 4)), "end"]
+    places = [float(place) for place, _ in ticks]
+    assert min(second - first for first, second in pairwise(places)) > 30
 
 
 def test_a_browser_shows_what_failed(browser: str, wrong: VerifyReport, tmp_path: Path) -> None:

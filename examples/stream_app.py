@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from megalodon_deploy import open_bundle
+from megalodon_deploy.errors import UserError
 from megalodon_deploy.runtime.request import Request
 from megalodon_deploy.runtime.sampling import SamplingParams
 from megalodon_deploy.runtime.scheduler import Scheduler
@@ -75,4 +76,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -43,6 +43,14 @@ def test_conversations_go_on_in_one_run_and_over_two(make_bundle: MakeBundle, tm
         assert answer == f"ann: {''.join(item.text for item in items)}"
 
 
+def test_a_mistake_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "stream_app.py"), str(tmp_path)]
+    result = subprocess.run(command, input="", capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"error: {tmp_path} is not a bundle")
+    assert result.stderr.count("\n") == 1
+
+
 def test_the_pycuda_example_compiles() -> None:
     source = (EXAMPLES / "pycuda_app.py").read_text()
     compile(source, "pycuda_app.py", "exec")

@@ -8,6 +8,7 @@ calls up to its first miss: what it carries from there on is spoilt. Then the ru
 | --- | --- | --- |
 | rows that start over, with NaN or of another stream | rows that go on | stale slot |
 | streams that were saved, forked or moved | carried ones | what was done to them |
+| rows of a batch behind the first | first rows that go on | mixed rows |
 | only beyond 2^31 tokens | the same before | float32 norm state, or a position too narrow |
 | keys, from the second chunk on | the first chunk | RoPE offset at a chunk edge |
 | rows that go on | rows that start, over several tokens | state not carried |
@@ -79,6 +80,10 @@ class _Pattern:
     def what(self) -> str:
         return in_words(self.finding.tensor)
 
+    @property
+    def are(self) -> str:
+        return "is" if self.kind == "cema" else "are"
+
 
 def diagnose(findings: Sequence[Finding], schedules: Iterable[Schedule]) -> list[Diagnosis]:
     """One for each candidate that missed something, in the order of their findings."""
@@ -121,7 +126,7 @@ def _cases(findings: Sequence[Finding], schedules: Mapping[str, Schedule]) -> tu
 
 def _name(pattern: _Pattern) -> tuple[str, str]:
     """Name and explanation; the rules of the module's table, the surest first."""
-    first, missed, passed, what = pattern.finding, pattern.missed, pattern.passed, pattern.what
+    first, missed, passed, what, are = pattern.finding, pattern.missed, pattern.passed, pattern.what, pattern.are
     if first.problem is not None and not pattern.not_finite:
         return CONTRACT, f"{what}: {first.problem}"
     if first.hint.startswith("heads"):
@@ -130,16 +135,18 @@ def _name(pattern: _Pattern) -> tuple[str, str]:
     if "carried" not in handovers:
         return (
             f"{' or '.join(sorted(handovers))} streams",
-            f"{what} is off in streams that were handed over, only there",
+            f"{what} {are} off in streams that were handed over, only there",
         )
     if all(case.starts for case in missed) and any(not case.starts for case in passed):
-        return "stale slot", f"{what} is off where a stream starts in used memory: what lies there has an effect"
+        return "stale slot", f"{what} {are} off where a stream starts in used memory: what lies there has an effect"
+    if all(case.row for case in missed) and any(not case.row and not case.starts for case in passed):
+        return "mixed rows", f"{what} {are} right in the first row of a batch, off in others: rows are mixed up"
     if all(case.position >= _FAR for case in missed) and passed and first.share > _CLEARLY:
         return _far_name(pattern)
     if all(not case.starts for case in missed):
         return _later_name(pattern)
     if pattern.kind == "cema" and any(case.starts and case.call.num_tokens == 1 for case in passed):
-        explanation = f"{what} is right after one token and off after several, in fresh streams too"
+        explanation = f"{what} {are} right after one token and off after several, in fresh streams too"
         return "recurrence of the moving average", f"{explanation}: a coefficient, a sign or the order of tokens"
     return _plain_name(pattern)
 
@@ -147,21 +154,22 @@ def _name(pattern: _Pattern) -> tuple[str, str]:
 def _far_name(pattern: _Pattern) -> tuple[str, str]:
     if pattern.kind == "norm":
         hint = f" ({pattern.finding.hint})" if pattern.finding.hint else ""
-        return "float32 norm state", f"{pattern.what} is right early in a stream and drifts late in it{hint}"
-    return "position too narrow", f"{pattern.what} is right up to 2^31 tokens, off beyond"
+        return "float32 norm state", f"{pattern.what} {pattern.are} right early in a stream and drift late in it{hint}"
+    return "position too narrow", f"{pattern.what} {pattern.are} right up to 2^31 tokens, off beyond"
 
 
 def _later_name(pattern: _Pattern) -> tuple[str, str]:
     """Rows that start are right."""
-    what = pattern.what
+    what, are = pattern.what, pattern.are
     early = any(not case.is_late and not case.starts for case in pattern.passed)
     if pattern.kind == "key" and all(case.is_late for case in pattern.missed) and early:
-        return "RoPE offset at a chunk edge", f"{what} are right in a stream's first chunk, off from the next on"
+        return "RoPE offset at a chunk edge", f"{what} {are} right in a stream's first chunk, off from the next on"
     if pattern.kind == "norm" and not pattern.finding.tensor.endswith(".0"):
-        explanation = f"{what} is right where a stream starts, off where it goes on: the norm's state, or attention"
+        explanation = f"{what} {are} right where a stream starts, off where it goes on: the norm's state, or attention"
         return "state or past rows", f"{explanation} over past rows in the layer before"
     if pattern.kind in ("cema", "norm"):
-        return "state not carried", f"{what} is right where a stream starts, off where it goes on from the call before"
+        explanation = f"{what} {are} right where a stream starts, off where it goes on from the call before"
+        return "state not carried", explanation
     return "past rows of the open chunk", f"{what}: right where a stream starts, off where it goes on"
 
 
@@ -178,4 +186,4 @@ def _plain_name(pattern: _Pattern) -> tuple[str, str]:
         "logits": "logits",
     }
     near = ": the state tensors are right" if pattern.kind == "logits" else ""
-    return names.get(pattern.kind, pattern.kind), f"{what} is off from a stream's first tokens on{near}"
+    return names.get(pattern.kind, pattern.kind), f"{what} {pattern.are} off from a stream's first tokens on{near}"

@@ -113,6 +113,19 @@ def start_in_used_memory(op_type: str) -> Fault:
     return apply
 
 
+def read_the_first_rows_state(model: onnx.ModelProto) -> None:
+    """Every row of the batch goes on from the state of the first."""
+    rename_in(model, "ComplexEMA", "past_cema.1", "first_past")
+    model.graph.initializer.append(numpy_helper.from_array(np.array([0]), "constants.first"))
+    steps = [
+        helper.make_node("Gather", ["past_cema.1", "constants.first"], ["first_row"], axis=0),
+        helper.make_node("Shape", ["past_cema.1"], ["shape_of_all"]),
+        helper.make_node("Expand", ["first_row", "shape_of_all"], ["first_past"]),
+    ]
+    for place, step in enumerate(steps):
+        model.graph.node.insert(place, step)
+
+
 def read_wrong_state(model: onnx.ModelProto) -> None:
     rename_in(model, "ComplexEMA", "past_cema.1", "past_cema.0")
 

@@ -164,6 +164,7 @@ def test_a_model_with_every_switch(tmp_path: Path) -> None:
         ),
         (faults.lose_state, "present_cema.1", "state not carried"),
         (faults.read_wrong_state, "present_cema.1", "state not carried"),
+        (faults.read_the_first_rows_state, "present_cema.1", "mixed rows"),
         (faults.freeze_state, "present_cema.1", "NaN"),
         (faults.rotate_from_the_wrong_row, "new_key.0", "RoPE offset at a chunk edge"),
         (change_weight("layers.0.mega.wz_wr_wh1.weight", faults.swap_key_heads), "new_key.0", "swapped heads"),

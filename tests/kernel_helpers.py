@@ -202,7 +202,7 @@ def complex_ema_inputs(*, B: int, T: int, D: int, N: int, seed: int = 0) -> list
     random = np.random.default_rng([seed, B, T, D, N])
     q = (1 - np.geomspace(1e-3, 0.9, D * N).reshape(D, N)) * np.exp(2j * np.pi * random.random((D, N)))
     past = random.standard_normal((B, D, N, COMPLEX_PARTS))
-    past[0] = np.nan
+    past[:1] = np.nan
     gamma = random.standard_normal((D, N, 2)) / np.sqrt(N)
     arrays = [
         random.standard_normal((B, T, D)),
@@ -221,7 +221,7 @@ def timestep_norm_inputs(*, B: int, T: int, D: int, G: int, seed: int = 0) -> li
     random = np.random.default_rng([seed, B, T, D, G])
     drift = 3 + 2 * np.sin(np.arange(T) / 40)[:, None]
     past = pack_norm(3 + random.random((B, G)), 0.5 + random.random((B, G)))
-    past[0] = np.nan
+    past[:1] = np.nan
     x, weight, bias = drift + random.standard_normal((B, T, D)), 1 + random.random(D), random.standard_normal(D)
     return [x.astype(np.float32), past, POSITIONS[:B], weight.astype(np.float32), bias.astype(np.float32)]
 

@@ -22,6 +22,8 @@ int num_multiprocessors = 1;
 namespace {
 
 constexpr size_t kStackBytes = 64 * 1024;
+constexpr int64_t kMostBlocks = INT32_MAX;  // of a one-dimensional grid
+constexpr int kMostThreads = 1024;          // of a block
 constexpr int kWarpSize = 32;
 constexpr uint64_t kNanBits = ~uint64_t{0};  // NaN as float, as double and as two floats
 
@@ -56,6 +58,7 @@ struct Machine {
     std::vector<SharedMemory> shared;
     int64_t order = 0;
     std::mt19937_64 random;
+    int64_t launches_left = -1;  // until one fails; negative: none does
 };
 
 Machine machine;
@@ -238,6 +241,10 @@ void register_shared(void* memory, size_t size_bytes) {
 
 cudaError_t run_grid(int64_t num_blocks, int block_threads, const std::function<void()>& thread) {
     const std::lock_guard<std::mutex> lock(machine_mutex());
+    if (num_blocks < 1 || num_blocks > kMostBlocks || block_threads < 1 || block_threads > kMostThreads) {
+        return cudaErrorInvalidConfiguration;
+    }
+    if (machine.launches_left >= 0 && machine.launches_left-- == 0) return cudaErrorLaunchOutOfResources;
     machine.num_threads = block_threads;
     machine.thread = &thread;
     if (machine.fibers.size() < static_cast<size_t>(block_threads)) machine.fibers.resize(block_threads);
@@ -252,7 +259,16 @@ cudaError_t run_grid(int64_t num_blocks, int block_threads, const std::function<
 }  // namespace megalodon::emulation
 
 const char* cudaGetErrorString(cudaError_t error) {
-    return error == cudaSuccess ? "no error" : "emulation: threads wait for each other, or a shuffle's lanes disagree";
+    switch (error) {
+        case cudaSuccess:
+            return "no error";
+        case cudaErrorInvalidConfiguration:
+            return "emulation: a grid or a block that no GPU takes";
+        case cudaErrorLaunchOutOfResources:
+            return "emulation: this launch was to fail";
+        default:
+            return "emulation: threads wait for each other, or a shuffle's lanes disagree";
+    }
 }
 
 /// Order of the threads and blocks of later launches: 0 ascending, 1 descending, any other number seeds a random one.
@@ -260,6 +276,12 @@ extern "C" __attribute__((visibility("default"))) void mgd_emulate_order(int64_t
     const std::lock_guard<std::mutex> lock(megalodon::emulation::machine_mutex());
     megalodon::emulation::machine.order = order;
     megalodon::emulation::machine.random.seed(static_cast<uint64_t>(order));
+}
+
+/// After so many launches one fails; none does when the number is negative.
+extern "C" __attribute__((visibility("default"))) void mgd_emulate_failure(int64_t launches) {
+    const std::lock_guard<std::mutex> lock(megalodon::emulation::machine_mutex());
+    megalodon::emulation::machine.launches_left = launches;
 }
 
 /// Size of the device that launchers see: how they split work depends on it.

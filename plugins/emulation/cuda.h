@@ -2,8 +2,8 @@
 //
 // It checks what a GPU would not: a barrier that some threads never reach, a shuffle whose lanes disagree on the mask
 // or read from outside it, shared memory read before it is written (it holds NaN), and results that depend on the order
-// in which threads run (mgd_emulate_order changes it). Not emulated: inline PTX, atomics, asynchronous copies,
-// textures.
+// in which threads run (mgd_emulate_order changes it). As on a GPU, a grid without blocks is an error; any launch can
+// be made to fail (mgd_emulate_failure). Not emulated: inline PTX, atomics, asynchronous copies, textures.
 #pragma once
 
 #include <cmath>
@@ -26,7 +26,12 @@ struct float2 {
 
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
+enum cudaError_t {
+    cudaSuccess = 0,
+    cudaErrorInvalidConfiguration = 9,
+    cudaErrorLaunchOutOfResources = 701,
+    cudaErrorLaunchFailure = 719
+};
 const char* cudaGetErrorString(cudaError_t error);
 
 namespace megalodon::emulation {

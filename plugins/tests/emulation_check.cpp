@@ -7,6 +7,7 @@
 #include "common/device.cuh"
 
 extern "C" void mgd_emulate_order(int64_t order);
+extern "C" void mgd_emulate_failure(int64_t launches);
 
 namespace {
 
@@ -91,6 +92,12 @@ struct Run {
     }
 };
 
+__global__ void empty_kernel() {}
+
+cudaError_t launch_empty(int64_t num_blocks, int block_threads) {
+    return megalodon::launch_kernel(empty_kernel, num_blocks, block_threads, nullptr);
+}
+
 /// Whether every order gives the expected values, in which case a kernel passes.
 template <typename Value, typename Expected>
 bool passes(void (*kernel)(Value*), Expected expected) {
@@ -119,6 +126,15 @@ int main() {
     const Run<float> outside(source_outside_mask_kernel);
     EXPECT(outside.error == cudaSuccess && std::isnan(outside.out[0]));
     EXPECT(passes(sum_kernel, [](int thread, int) { return 31 * 16 + 4 * (thread % 32 / 4 * 4) + 6; }));  // recovered
+    EXPECT(launch_empty(1, 1024) == cudaSuccess);
+    EXPECT(launch_empty(0, 32) == cudaErrorInvalidConfiguration);
+    EXPECT(launch_empty(int64_t{1} << 31, 32) == cudaErrorInvalidConfiguration);
+    EXPECT(launch_empty(1, 0) == cudaErrorInvalidConfiguration);
+    EXPECT(launch_empty(1, 1025) == cudaErrorInvalidConfiguration);
+    mgd_emulate_failure(1);
+    EXPECT(launch_empty(1, 1) == cudaSuccess);
+    EXPECT(launch_empty(1, 1) == cudaErrorLaunchOutOfResources);
+    EXPECT(launch_empty(1, 1) == cudaSuccess);
     std::printf("%d failures\n", num_failures);
     return num_failures == 0 ? 0 : 1;
 }

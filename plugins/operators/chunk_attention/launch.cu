@@ -71,7 +71,7 @@ int launch_decode(const ChunkAttentionCall& call, cudaStream_t stream) {
     if (num_blocks > kMaxBlocks) return MGD_UNSUPPORTED;
     const Split split = split_of(call);
     if (split.num_parts > 0) {
-        if (int status = launch_splits(call, split, stream)) return status;
+        if (int status = launch_splits(call, split, stream); status != MGD_OK) return status;
     }
     const auto join = chunk_attention::join_kernel;
     return status_of(launch_kernel(join, num_blocks, chunk_attention::kJoinThreads, stream, call, split));

@@ -50,11 +50,9 @@ template <typename Layout>
 int launch_walk(const ComplexEmaCall& call, cudaStream_t stream) {
     const Segments segments = choose_segments<Layout>(call);
     const int64_t num_blocks = num_walks<Layout>(call.in);
-    const int64_t num_modes = call.in.B * call.in.D * call.in.N;
-    if (num_blocks * segments.num > kMaxBlocks || ceil_div(num_modes, kBlockThreads) > kMaxBlocks) {
-        return MGD_UNSUPPORTED;
-    }
-    if (segments.num > 1) {
+    if (num_blocks * segments.num > kMaxBlocks) return MGD_UNSUPPORTED;
+    if (segments.num > 1) {  // so few blocks that those of the modes cannot be too many
+        const int64_t num_modes = call.in.B * call.in.D * call.in.N;
         const auto states = complex_ema::walk_kernel<Layout, false>;
         const int64_t state_blocks = num_blocks * (segments.num - 1);
         int status = status_of(launch_kernel(states, state_blocks, Layout::kThreads, stream, call, segments));

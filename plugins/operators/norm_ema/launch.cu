@@ -26,7 +26,7 @@ int launch_norm_ema(const NormEmaCall& call, void* stream) {
             return launch_step<decltype(layout)>(call, static_cast<cudaStream_t>(stream));
         });
     }
-    if (int status = launch_timestep_norm(call.ema.in.dtype, call.norm, stream)) return status;
+    if (int status = launch_timestep_norm(call.ema.in.dtype, call.norm, stream); status != MGD_OK) return status;
     return launch_complex_ema(call.ema, stream);
 }
 

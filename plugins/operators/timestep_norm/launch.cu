@@ -24,7 +24,6 @@ int launch_few_tokens(const TimestepNormCall& call, cudaStream_t stream) {
 template <typename Activation, int kSize>
 int launch_normalise(const TimestepNormCall& call, cudaStream_t stream) {
     const int64_t num_blocks = timestep_norm::num_column_blocks<kSize>(call.in, timestep_norm::kNormaliseTokens);
-    if (num_blocks > kMaxBlocks) return MGD_UNSUPPORTED;
     const auto kernel = timestep_norm::normalise_kernel<Activation, kSize>;
     return status_of(launch_kernel(kernel, num_blocks, timestep_norm::kColumnThreads, stream, call));
 }

@@ -12,6 +12,7 @@ using timestep_norm::kGradientTokens;
 using timestep_norm::Normaliser;
 
 constexpr int kBlockThreads = 128;
+static_assert(kGradientTokens >= timestep_norm::kNormaliseTokens, "launch_token_sums has checked the larger grid");
 
 int64_t num_chunks(int64_t B, int64_t T) {
     return B * ceil_div(T, kGradientTokens);
@@ -27,7 +28,6 @@ BackwardWorkspace workspace_of(const TimestepNormBackwardCall& call) {
 template <typename Activation, int kSize>
 int launch_gradients(const TimestepNormBackwardCall& call, const BackwardWorkspace& workspace, cudaStream_t stream) {
     const int64_t num_blocks = timestep_norm::num_column_blocks<kSize>(call.in, kGradientTokens);
-    if (num_blocks > kMaxBlocks) return MGD_UNSUPPORTED;
     const auto kernel = timestep_norm::gradients_kernel<Activation, kSize>;
     return status_of(launch_kernel(kernel, num_blocks, timestep_norm::kColumnThreads, stream, call, workspace));
 }

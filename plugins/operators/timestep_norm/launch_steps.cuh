@@ -22,12 +22,14 @@ int64_t num_column_blocks(const TimestepNormInputs& in, int64_t chunk_tokens) {
     return in.B * ceil_div(in.T, chunk_tokens) * ceil_div(in.D, kSize * kColumnThreads);
 }
 
-/// B and T at least 1. MGD_UNSUPPORTED also when D or a grid of one block for each group does not fit 31 bits.
+/// The first launch of all. B and T at least 1. MGD_UNSUPPORTED when D or a grid of this launch or a later one does not
+/// fit 31 bits.
 template <typename Activation, bool kHasGradient>
 int launch_token_sums(const TimestepNormInputs& in, const void* grad_y, Normaliser* tokens, GradientSums* sums,
                       cudaStream_t stream) {
     constexpr int kBlockThreads = 128;
     if (in.B * in.T > kMaxBlocks || in.B * in.G > kMaxBlocks || in.D > INT32_MAX / 2) return MGD_UNSUPPORTED;
+    if (num_column_blocks<1>(in, kNormaliseTokens) > kMaxBlocks) return MGD_UNSUPPORTED;
     const int64_t packs = ceil_div(in.D / in.G, kPackSize<Activation>);
     int lanes = 1;
     while (lanes < kWarpSize && lanes < packs) {

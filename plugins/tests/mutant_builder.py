@@ -41,8 +41,8 @@ extern "C" void mgd_choose_mutant(int number) { mgd_mutant = number; }
 
 
 def sources_of_kernels() -> list[Path]:
-    """The headers that hold device code, without CUDA's side of the emulation."""
-    paths = [*PLUGINS.glob("operators/*/*.cuh"), *PLUGINS.glob("common/*.cuh")]
+    """Kernels and their launchers, without CUDA's side of the emulation."""
+    paths = [*PLUGINS.glob("operators/*/*.cu*"), *PLUGINS.glob("common/*.cuh")]
     return sorted(path for path in paths if path.name != "platform.cuh")
 
 
@@ -75,7 +75,7 @@ class Builder:
         (self.folder / "mutant.h").write_text(CHOICE_HEADER)
         count = str(max(self.numbers.values(), default=0))
         (self.folder / "mutant.cpp").write_text(CHOICE_SOURCE.replace("NUM_MUTANTS", count))
-        kernels = [path for pattern in ("operators/*/*.cu", "common/*.cu") for path in PLUGINS.glob(pattern)]
+        kernels = [self._changed(path) for path in sources_of_kernels() if path.suffix == ".cu"]
         hosts = ("operators/*/c_api.cpp", "common/cuda_error.cpp", "c_api/*.cpp", "emulation/*.cpp")
         sources = [*kernels, *(path for pattern in hosts for path in PLUGINS.glob(pattern)), self.folder / "mutant.cpp"]
         waiting = sources
@@ -95,16 +95,19 @@ class Builder:
         for path in sources_of_kernels():
             name = str(path.relative_to(PLUGINS))
             chosen = [mutant for mutant in self.mutants if mutant.path == name and mutant.key not in self.broken]
-            target = self.folder / "sources" / name
+            target = self._changed(path)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(instrument(path.read_text(), chosen, self.numbers))
+
+    def _changed(self, source: Path) -> Path:
+        return self.folder / "sources" / source.relative_to(PLUGINS)
 
     def _leave_out(self, errors: Iterable[str]) -> bool:
         """Forget the mutants of the lines that the compiler complains of; whether there were any."""
         lines = {
             (match.group(1), int(match.group(2)))
             for error in errors
-            for match in re.finditer(r"/sources/(\S+?\.cuh):(\d+)", error)
+            for match in re.finditer(r"/sources/(\S+?\.cuh?):(\d+)", error)
         }
         found = {mutant.key for mutant in self.mutants if (mutant.path, mutant.line) in lines} - self.broken
         self.broken |= found

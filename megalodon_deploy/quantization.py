@@ -31,6 +31,7 @@ DEFAULT_BLOCKS: dict[WeightKind, tuple[int, ...]] = {
     "nvfp4": (16,),
 }
 OUTPUT_WEIGHT = "output.output.weight"
+EMBEDDING_WEIGHT = "embed.weight"  # [vocabulary, D]: its rows are looked up
 _LAYER_MATRICES = [[name, "weight"] for name in ("wv", "wz_wr_wh1", "wh2", "fc1", "fc1_fc3", "fc2")]
 
 
@@ -40,6 +41,7 @@ class WeightFormat:
 
     kind: WeightKind
     block_size: int
+    by_rows: bool = False  # a scale for each row, of which some are read at a time
 
     def blocks(self, in_dim: int) -> int:
         """Number of scales along a column."""
@@ -49,26 +51,38 @@ class WeightFormat:
         return self.block_size == WHOLE_COLUMN or in_dim % self.block_size == 0
 
     def describe(self) -> str:
+        if self.by_rows:
+            return f"{self.kind} by rows"
         return f"{self.kind} by {f'blocks of {self.block_size}' if self.block_size else 'columns'}"
+
+
+EMBEDDING_FORMATS: dict[str, WeightFormat | None] = {
+    "none": None,
+    "int8": WeightFormat("int8", WHOLE_COLUMN, by_rows=True),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """Formats of a bundle's matrices. `output` None: the output matrix has the activation type, as embeddings have."""
+    """Formats of a bundle's matrices. `output`, `embedding` None: that matrix has the activation type."""
 
     weights: WeightFormat
     output: WeightFormat | None
+    embedding: WeightFormat | None = None
     method: Method = "nearest"
 
     def format_of(self, name: str) -> WeightFormat | None:
         """Of the matrix with this name in the graph; None for everything that is not quantised."""
         if name == OUTPUT_WEIGHT:
             return self.output
+        if name == EMBEDDING_WEIGHT:
+            return self.embedding
         return self.weights if name.rsplit(".", 2)[-2:] in _LAYER_MATRICES else None
 
     def describe(self) -> str:
         output = "as the activations" if self.output is None else self.output.describe()
-        return f"{self.weights.describe()}, output {output}, {self.method}"
+        embedding = "" if self.embedding is None else f", embedding {self.embedding.describe()}"
+        return f"{self.weights.describe()}, output {output}{embedding}, {self.method}"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -76,10 +90,11 @@ class Quantization:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Quantization:
         """The inverse. Raises `KeyError`, `TypeError` or `UserError` for what cannot be."""
-        output = values["output"]
+        output, embedding = values["output"], values["embedding"]
         return cls(
             weights=make_format(values["weights"]["kind"], values["weights"]["block_size"]),
             output=None if output is None else make_format(output["kind"], output["block_size"]),
+            embedding=None if embedding is None else _embedding_format(embedding["kind"]),
             method=_known("method", values["method"], get_args(Method)),
         )
 
@@ -90,6 +105,7 @@ def plan_quantization(
     in_dims: Collection[int],
     block_size: int | None = None,
     output: str | None = None,
+    embedding: str | None = None,
     method: Method = "nearest",
     shares_embedding: bool = False,
 ) -> Quantization:
@@ -97,12 +113,16 @@ def plan_quantization(
 
     `output` "none" leaves the output matrix as it is. Its default is int8 where the other weights have 4 bits, for its
     errors reach the logits directly; otherwise their kind; none where it is the embedding (`shares_embedding`).
+    `embedding` None is "none".
     """
     form = make_format(weights, block_size, in_dims)
     if output is None:
         output = "none" if shares_embedding else "int8" if form.kind in ("int4", "nvfp4") else form.kind
     return Quantization(
-        weights=form, output=None if output == "none" else make_format(output, None, in_dims), method=method
+        weights=form,
+        output=None if output == "none" else make_format(output, None, in_dims),
+        embedding=_embedding_format(embedding or "none"),
+        method=method,
     )
 
 
@@ -119,6 +139,10 @@ def make_format(kind: str, block_size: int | None, in_dims: Collection[int] = ()
         sizes = ", ".join(str(size) if size else "0 (one scale a column)" for size in BLOCK_SIZES[known])
         raise UserError(f"block size {block_size} cannot be had with {known}; there are: {sizes}")
     return WeightFormat(known, block_size)
+
+
+def _embedding_format(kind: str) -> WeightFormat | None:
+    return EMBEDDING_FORMATS[_known("quantisation of the embedding", kind, tuple(EMBEDDING_FORMATS))]
 
 
 def _known(what: str, value: Any, known: tuple[Any, ...]) -> Any:

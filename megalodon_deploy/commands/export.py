@@ -52,6 +52,7 @@ from megalodon_deploy.errors import CheckFailedError
     show_default=True,
     help="What computes it in engines, unless build is told: TensorRT's operators or our plugin.",
 )
+@click.option("--quantize-embedding", type=click.Choice(["none", "int8"]), help="The embedding; default: none.")
 @click.option("--calibrate", type=EXISTING, metavar="FILE", help="Choose codes with GPTQ on this text.")
 @click.option(
     "--gate", type=EXISTING, metavar="FILE", help="Measure quality on this held-out text; exit 1 if it fails."

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megalodon_deploy.engine.fusion import fuse_norm_and_ema
+from megalodon_deploy.engine.lookup import look_up_behind_dequantize
 from megalodon_deploy.engine.loopless import loopless_complex_ema
 from megalodon_deploy.engine.weight_inputs import WeightPlace, weights_to_inputs
 from megalodon_deploy.export.operators import DOMAIN
@@ -44,8 +45,8 @@ def prepare_graph(
     TensorRT's parser prefers a model-local function to a plugin of the same name, so functions of
     `plugin_operators` are removed. If they stay, ChunkAttention's is put in place of its calls, and ComplexEMA's
     replaced by one that TensorRT can compile. Where there is a plugin for a TimestepNorm and the ComplexEMA behind it,
-    it takes their place. TensorRT has no float64: what stays of it in other functions becomes float32. With
-    `weights_outside` matrices become inputs.
+    it takes their place. Rows of a quantised embedding are looked up behind its DequantizeLinear. TensorRT has no
+    float64: what stays of it in other functions becomes float32. With `weights_outside` matrices become inputs.
     """
     import onnx
 
@@ -58,6 +59,7 @@ def prepare_graph(
     ]
     del model.functions[:]
     model.functions.extend(kept)
+    look_up_behind_dequantize(model.graph)
     if operators.issuperset(_FUSED):
         fuse_norm_and_ema(model.graph)
     nodes = Counter(node.op_type for node in model.graph.node if _is_plugin(node.domain, node.op_type, operators))

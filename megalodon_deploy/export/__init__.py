@@ -32,6 +32,7 @@ def export_checkpoint(
     quantize: str | None = None,
     block_size: int | None = None,
     quantize_output: str | None = None,
+    quantize_embedding: str | None = None,
     calibrate: str | Path | None = None,
     gate: str | Path | None = None,
     attention: AttentionKind = "standard",
@@ -51,6 +52,7 @@ def export_checkpoint(
         quantize: kind of the matrices' codes (`WeightKind`); default: matrices have the type of the activations.
         block_size: weights that share a scale along a column, 0 for all; default the kind's.
         quantize_output: the same for the output matrix, or "none"; default int8 beside 4 bits, else like the others.
+        quantize_embedding: "int8", with a scale for each token's row, or "none", the default.
         calibrate: a text on which to choose codes with GPTQ, so that the matrices' outputs stay.
         gate: a held-out text on which to compare the bundle with the checkpoint in float32; the manifest keeps the
             numbers, and a bundle that fails its limits (`Quality`) passes no verification.
@@ -77,6 +79,7 @@ def export_checkpoint(
         quantize=quantize,
         block_size=block_size,
         quantize_output=quantize_output,
+        quantize_embedding=quantize_embedding,
         calibrate=Path(calibrate) if calibrate is not None else None,
         gate=Path(gate) if gate is not None else None,
         attention=attention,

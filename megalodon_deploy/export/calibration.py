@@ -99,8 +99,9 @@ class Calibration:
         self._quantize(fold, _second_moments(normal))
 
     def _folds(self) -> list[Fold]:
-        """Those of quantised matrices."""
-        return [fold for fold in folds(self._checkpoint.config) if self._quantization.format_of(fold.targets[0].name)]
+        """Those of quantised matrices that multiply."""
+        found = [(fold, self._quantization.format_of(fold.targets[0].name)) for fold in folds(self._checkpoint.config)]
+        return [fold for fold, form in found if form is not None and not form.by_rows]
 
     def _quantize(self, fold: Fold, moments_KK: Tensor) -> QuantizedMatrix:
         name = fold.targets[0].name

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megalodon_deploy.quantization import WeightFormat, WeightKind
+from megalodon_deploy.quantization import WHOLE_COLUMN, WeightFormat, WeightKind
 
 _INTEGERS: dict[WeightKind, tuple[int, int]] = {"int8": (-128, 127), "int4": (-8, 7)}
 _LARGEST: dict[WeightKind, float] = {"fp8": 448.0, "nvfp4": 6.0}
@@ -28,7 +28,8 @@ _SLICE_SCALARS = 1 << 24  # of a matrix at a time: temporaries stay small
 class QuantizedMatrix:
     """`codes` [K, N]: int8 (also of int4), fp8 e4m3, or fp4 as indices of the 16 values in uint8.
 
-    `scales` [G, N] ([N] for whole columns) in the stored type; of nvfp4 e4m3, and then `scale` [] multiplies them.
+    `scales` [G, N] ([N] for whole columns, [K] for whole rows) in the stored type; of nvfp4 e4m3, and then `scale` []
+    multiplies them.
     """
 
     form: WeightFormat
@@ -41,13 +42,18 @@ class QuantizedMatrix:
         return decoded(self.codes, self.form.kind).mul_(_expanded(self.full_scales(), self.codes.shape[0]))
 
     def full_scales(self) -> Tensor:
-        """[G, N] float32."""
+        """[G, N] float32; [K, 1] for whole rows."""
+        if self.form.by_rows:
+            return self.scales.float()[:, None]
         scales = self.scales.float() if self.scale is None else self.scales.float() * self.scale.float()
         return scales if scales.ndim == 2 else scales[None]
 
 
 def quantize_nearest(matrix_KN: Tensor, form: WeightFormat, dtype: torch.dtype) -> QuantizedMatrix:
     """Every weight to the nearest code; `matrix_KN` float32, scales of type `dtype`."""
+    if form.by_rows:
+        columns = quantize_nearest(matrix_KN.t(), WeightFormat(form.kind, WHOLE_COLUMN), dtype)
+        return QuantizedMatrix(form, columns.codes.t().contiguous(), columns.scales)
     stored = choose_scales(matrix_KN, form, dtype)
     rows = max(1, _SLICE_SCALARS // matrix_KN.shape[1] // max(form.block_size, 1)) * max(form.block_size, 1)
     full = stored.full_scales()

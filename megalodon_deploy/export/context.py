@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.export.builder import GraphBuilder
-from megalodon_deploy.export.quantized_weights import emit_matrix, matrix_parts
+from megalodon_deploy.export.quantized_weights import emit_matrix, emit_rows, matrix_parts
 from megalodon_deploy.model.half_precision import HEADROOM
 from megalodon_deploy.quantization import Quantization
 
@@ -59,6 +59,14 @@ class Context:
         shape = (0, 0)  # the parts are looked up by name
         parts = [self._weights[part.name] for part in matrix_parts(name, shape, form, self.activation)]
         return emit_matrix(self.builder, parts, form, label)
+
+    def rows(self, name: str, tokens_BT: ir.Value, label: str) -> ir.Value:
+        """The rows of the matrix `name` that tokens name, [B, T, D] float32."""
+        form = self._quantization.format_of(name) if self._quantization else None
+        if form is None:
+            return self.to_float(self.builder.op("Gather", self._weights[name], tokens_BT, axis=0, name=label), label)
+        parts = matrix_parts(name, (0, 0), form, self.activation)
+        return emit_rows(self.builder, [self._weights[part.name] for part in parts], tokens_BT, label)
 
     def linear(self, x: ir.Value, prefix: str, name: str) -> ir.Value:
         """x [..., in] times `prefix.weight` [in, out], plus `prefix.bias` where there is one."""

@@ -24,7 +24,7 @@ from megalodon_deploy.export.operators.complex_ema import complex_ema_function
 from megalodon_deploy.export.operators.timestep_norm import timestep_norm_function
 from megalodon_deploy.export.quantized_weights import Part, matrix_parts
 from megalodon_deploy.export.weights import InitializerSpec, folds
-from megalodon_deploy.quantization import OUTPUT_WEIGHT, Quantization, WeightFormat
+from megalodon_deploy.quantization import EMBEDDING_WEIGHT, OUTPUT_WEIGHT, Quantization, WeightFormat
 from megalodon_deploy.state import LOGITS, POSITION, TOKENS, Dim, state_specs
 
 ACTIVATION = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -117,8 +117,7 @@ def _emit(context: Context, inputs: dict[str, ir.Value], *, all_logits: bool) ->
     config, builder = context.config, context.builder
     with builder.scope("call"):
         call = _call_values(context, inputs)
-    x_BTD = builder.op("Gather", context.weight("embed.weight"), inputs[TOKENS], axis=0, name="embed")
-    x_BTD = context.to_float(x_BTD, "embed")
+    x_BTD = context.rows(EMBEDDING_WEIGHT, inputs[TOKENS], "embed")
     if config.scale_emb:
         factor = builder.scalar(math.sqrt(config.model_dim), np.float32, "embed_scale")
         x_BTD = builder.op("Mul", x_BTD, factor, name="embed_scaled")

@@ -3,7 +3,7 @@
 | part | shape | type |
 | --- | --- | --- |
 | `NAME.codes` | [K, N] | int8, int4, fp8 e4m3 or fp4 e2m1 |
-| `NAME.scales` | [K / block, N], or [N] for whole columns | activation; of nvfp4 fp8 e4m3 |
+| `NAME.scales` | [K / block, N], [N] for whole columns, or [K] for whole rows | activation; of nvfp4 fp8 e4m3 |
 | `NAME.scale`, nvfp4 only | [] | activation |
 
 Blocks lie along the axis that MatMul sums over: so ONNX Runtime fuses int8 and int4 to MatMulNBits, and TensorRT takes
@@ -51,7 +51,7 @@ class Part:
 def matrix_parts(name: str, shape: tuple[int, ...], form: WeightFormat, activation: ir.DataType) -> list[Part]:
     """The initializers of the matrix `name` [K, N], in the order of DequantizeLinear's inputs."""
     num_in, num_out = shape
-    scales = (form.blocks(num_in), num_out) if form.block_size else (num_out,)
+    scales = (form.blocks(num_in), num_out) if form.block_size else (num_in if form.by_rows else num_out,)
     is_nvfp4 = form.kind == "nvfp4"
     parts = [
         Part(f"{name}.codes", shape, CODE_TYPES[form.kind]),
@@ -88,6 +88,21 @@ def emit_matrix(builder: GraphBuilder, parts: list[ir.Value], form: WeightFormat
         scales = builder.op("DequantizeLinear", scales, *scale, name=f"{name}_scales")
     attributes: dict[str, Any] = {"axis": 0, "block_size": form.block_size} if form.block_size else {"axis": 1}
     return builder.op("DequantizeLinear", codes, scales, name=f"{name}_weight", **attributes)
+
+
+def emit_rows(builder: GraphBuilder, parts: list[ir.Value], tokens_BT: ir.Value, name: str) -> ir.Value:
+    """Rows [B, T, N] float32 of a matrix that is quantised by rows.
+
+    Scale 1 converts the codes, for ONNX Runtime dequantises the whole matrix where DequantizeLinear comes first.
+    """
+    codes_KN, scales_K = parts
+    unit = builder.scalar(1, np.float32, "unit_scale")
+    codes_BTN = builder.op("Gather", codes_KN, tokens_BT, axis=0, name=f"{name}_rows")
+    wide = builder.op("DequantizeLinear", codes_BTN, unit, name=f"{name}_rows_wide")
+    scales_BT = builder.op("Gather", scales_K, tokens_BT, axis=0, name=f"{name}_rows_scale")
+    scales = builder.op("Cast", scales_BT, to=ir.DataType.FLOAT, name=f"{name}_rows_scale_float")
+    column = builder.op("Unsqueeze", scales, builder.constant([-1], "last_axis"), name=f"{name}_rows_scale_column")
+    return builder.op("Mul", wide, column, name=name)
 
 
 def _to_numpy(values: torch.Tensor) -> np.ndarray:

@@ -68,7 +68,7 @@ class WeightStream:
         return part_tensor(self._matrix[1], part)
 
     def _quantized(self, spec: InitializerSpec, form: WeightFormat, dtype: torch.dtype) -> QuantizedMatrix:
-        if self._calibrated is not None:
+        if self._calibrated is not None and not form.by_rows:
             return self._calibrated(spec.name, form)
         (matrix_KN,) = self._folded(self._fold_of[spec.name])
         return quantize_nearest(torch.from_numpy(matrix_KN), form, dtype)

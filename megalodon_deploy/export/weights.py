@@ -191,6 +191,11 @@ def check_quantization(config: MegalodonConfig, quantization: Quantization) -> N
             "this model's output matrix is its embedding, which is looked up and stays unquantised: "
             "choose no quantisation of the output (--quantize-output none)"
         )
+    if config.share_emb and quantization.embedding is not None:
+        raise UserError(
+            "this model's embedding is its output matrix, too, and stays unquantised: "
+            "leave out the quantisation of the embedding (--quantize-embedding)"
+        )
     for spec in (spec for fold in folds(config) for spec in fold.targets):
         form = quantization.format_of(spec.name)
         if form is not None and not form.fits(spec.shape[0]):

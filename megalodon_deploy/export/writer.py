@@ -60,6 +60,7 @@ class ExportOptions:
     quantize: str | None = None
     block_size: int | None = None
     quantize_output: str | None = None
+    quantize_embedding: str | None = None
     calibrate: Path | None = None
     gate: Path | None = None
     attention: AttentionKind = "standard"
@@ -112,9 +113,11 @@ def _check_options(options: ExportOptions) -> None:
 def _plan(config: MegalodonConfig, options: ExportOptions) -> Quantization | None:
     """Formats of the matrices, fit for the model. Raises `UserError` naming what there is."""
     if options.quantize is None:
-        if any(value is not None for value in (options.block_size, options.quantize_output, options.calibrate)):
+        details = (options.block_size, options.quantize_output, options.quantize_embedding, options.calibrate)
+        if any(value is not None for value in details):
             raise UserError(
-                "a block size, a format of the output and calibration go with a kind of quantisation (--quantize)"
+                "a block size, formats of output and embedding, and calibration go with a kind of quantisation "
+                "(--quantize)"
             )
         return None
     quantization = plan_quantization(
@@ -122,6 +125,7 @@ def _plan(config: MegalodonConfig, options: ExportOptions) -> Quantization | Non
         in_dims=matrix_inputs(config),
         block_size=options.block_size,
         output=options.quantize_output,
+        embedding=options.quantize_embedding,
         method="nearest" if options.calibrate is None else "gptq",
         shares_embedding=config.share_emb,
     )

@@ -13,16 +13,27 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from export_helpers import export_seeded, seeded_state, write_seeded
+from export_helpers import (
+    assert_outputs_close,
+    export_seeded,
+    open_onnx,
+    random_call,
+    run_onnx,
+    run_session,
+    seeded_state,
+    write_seeded,
+)
 from helpers import assert_close, small_config
 from onnx import TensorProto
 
-from megalodon_deploy.bundle import MANIFEST_FILE, WEIGHTS_FILE, Bundle, open_bundle
+from megalodon_deploy.bundle import MANIFEST_FILE, WEIGHTS_FILE, Bundle, Precision, open_bundle
 from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.engine import build_engine
+from megalodon_deploy.engine.graph import prepare_graph
 from megalodon_deploy.errors import BundleError, EngineError, UserError
 from megalodon_deploy.export import export_checkpoint, load_bundle_model
 from megalodon_deploy.export.codes import pack_nibbles, quantize_nearest, unpack_nibbles
+from megalodon_deploy.inspection import inspect_bundle
 from megalodon_deploy.quantization import BLOCK_SIZES, WHOLE_COLUMN, WeightKind, make_format, plan_quantization
 from megalodon_deploy.verify import verify_bundle
 
@@ -108,6 +119,8 @@ def test_onnxruntime_fuses_every_matrix(
         ({"quantize": "fp8", "precision": "fp32", "block_size": 32}, {"share_emb": True}),
         ({"quantize": "nvfp4", "precision": "fp16", "quantize_output": "nvfp4"}, {"swiglu": True}),
         ({"quantize": "int4", "precision": "fp32", "kv_dtype": "fp8"}, {}),
+        ({"quantize": "int4", "precision": "fp32", "quantize_embedding": "int8"}, {"scale_emb": True}),
+        ({"quantize": "fp8", "precision": "fp16", "quantize_embedding": "int8"}, {}),
     ],
     ids=str,
 )
@@ -148,6 +161,37 @@ def test_weights_come_back_from_the_bundle(tmp_path: Path, kind: WeightKind) -> 
         elif "cema" not in name:
             assert_close(value.numpy(), original[name].numpy(), 1e-6, name)
     assert is_quantised == 7 * 2 + 1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_an_embedding_of_codes(tmp_path: Path, precision: Precision) -> None:
+    """A byte for each number, a scale for each token; the graph looks up rows, TensorRT's behind DequantizeLinear."""
+    config = blocks_config()
+    bundle = export_seeded(tmp_path, config, precision=precision, quantize="int4", quantize_embedding="int8")
+    original = seeded_state(config)["embed.weight"]
+    found = load_bundle_model(bundle).state_dict()["embed.weight"]
+    step = original.abs().amax(1, keepdim=True) / 127
+    assert not torch.equal(found, original)
+    assert float(((found - original).abs() / step).max()) <= (0.51 if precision == "fp32" else 0.6)
+    model = onnx.load(bundle.model_path, load_external_data=False)
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    assert "embed.weight" not in stored
+    assert list(stored["embed.weight.codes"].dims) == [config.vocab_size, config.model_dim]
+    assert stored["embed.weight.codes"].data_type == TensorProto.INT8
+    assert list(stored["embed.weight.scales"].dims) == [config.vocab_size]
+    assert "embedding int8 by rows" in inspect_bundle(bundle)["quantization"]
+    rewritten = bundle.path / "rewritten.onnx"
+    rewritten.write_bytes(prepare_graph(bundle.model_path, (), config.chunk_size).model)
+    feeds = random_call(config, [5, 0], 3)
+    if precision == "fp32":
+        assert_outputs_close(run_session(open_onnx(rewritten), feeds), run_onnx(bundle, feeds), 2e-5)
+
+
+def test_an_engine_takes_an_embedding_of_codes(tmp_path: Path) -> None:
+    bundle = export_seeded(tmp_path, blocks_config(), precision="fp16", quantize="int4", quantize_embedding="int8")
+    assert build_engine(bundle, sm=(80,)).engine.size_bytes > 0
+    outside = build_engine(bundle, sm=(80,), weights="bundle")
+    assert "embed.weight.codes" in outside.bundle_weights
 
 
 @pytest.mark.parametrize(("ffn_hidden_dim", "block_size"), [(96, 32), (192, 64), (384, 128)])
@@ -209,6 +253,8 @@ def test_fp4_is_for_some_gpus_alone(tmp_path: Path) -> None:
         ({"quantize": "int8", "block_size": 16}, r"there are: 0 \(one scale a column\), 32, 64, 128"),
         ({"quantize": "int4", "block_size": 128}, r"64 inputs are not a multiple of .* 128; .* that fit: 32, 64"),
         ({"block_size": 32}, "go with a kind of quantisation"),
+        ({"quantize_embedding": "int8"}, "go with a kind of quantisation"),
+        ({"quantize": "int8", "quantize_embedding": "int4"}, r"'int4' is none of: none, int8"),
         ({"quantize": "int8", "quantize_output": "fp4"}, r"'fp4' is none of"),
     ],
     ids=str,
@@ -223,6 +269,8 @@ def test_a_shared_matrix_stays(tmp_path: Path) -> None:
     ckpt = write_seeded(tmp_path / "ckpt", blocks_config(share_emb=True))
     with pytest.raises(UserError, match=r"output matrix is its embedding.*--quantize-output none"):
         export_checkpoint(ckpt, tmp_path / "bundle", quantize="int8", quantize_output="int8")
+    with pytest.raises(UserError, match=r"embedding is its output matrix.*--quantize-embedding"):
+        export_checkpoint(ckpt, tmp_path / "bundle", quantize="int8", quantize_embedding="int8")
     assert export_checkpoint(ckpt, tmp_path / "bundle", quantize="int8").manifest.quantization is not None
 
 

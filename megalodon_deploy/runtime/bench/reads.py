@@ -22,8 +22,10 @@ def weight_bytes_of(bundle: Bundle) -> int:
     manifest, config = bundle.manifest, bundle.config
     if manifest.quantization is None:
         return weight_bytes_per_token(config, manifest.precision)
-    # Codes and scales lie in the file as they are read; an embedding that is only looked up stays unquantised.
-    row_bytes = config.model_dim * MATRIX_BYTES[manifest.precision]
+    # Codes and scales lie in the file as they are read, but for an embedding that is only looked up.
+    scalar_bytes = MATRIX_BYTES[manifest.precision]
+    is_quantized = manifest.quantization.embedding is not None
+    row_bytes = config.model_dim + scalar_bytes if is_quantized else config.model_dim * scalar_bytes
     unread_rows = 0 if config.share_emb else config.vocab_size - 1
     return manifest.files[WEIGHTS_FILE].size_bytes - unread_rows * row_bytes
 

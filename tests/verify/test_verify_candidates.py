@@ -72,6 +72,45 @@ class NoFreshStart(WrongMemory):
         super().run(rows, tokens_BT, position_B)
 
 
+class LateCopies(WrongMemory):
+    """A copy shares memory with its source until that retires."""
+
+    def __init__(self, right: SlotMemory) -> None:
+        super().__init__(right)
+        self._shared: list[tuple[LateCopies, int, int, int]] = []
+
+    def copy(self, slot: int, source: SlotMemory, source_slot: int, position: int) -> None:
+        assert isinstance(source, LateCopies)
+        self._right.copy(slot, source._right, source_slot, position)
+        source._shared.append((self, slot, source_slot, position))
+
+    def retire(self, slot: int) -> None:
+        for target, target_slot, shared_slot, position in self._shared:
+            if shared_slot == slot:
+                target._right.copy(target_slot, self._right, slot, position)
+        super().retire(slot)
+
+
+class TimesZero(WrongMemory):
+    """A stream that starts multiplies what lies in its slot by zero: what is NaN stays."""
+
+    def __init__(self, right: SlotMemory) -> None:
+        super().__init__(right)
+        self._spoilt: set[int] = set()
+
+    def run(self, rows: slice, tokens_BT: np.ndarray, position_B: np.ndarray) -> None:
+        for slot, position in enumerate(position_B, rows.start):
+            if position == 0:
+                self._spoilt.discard(slot)
+                tensors = self.read(slot, 1)
+                if any(np.isnan(array).any() for name, array in tensors.items() if "cema" in name):
+                    self._spoilt.add(slot)
+        super().run(rows, tokens_BT, position_B)
+
+    def logits(self, slot: int) -> np.ndarray:
+        return super().logits(slot) * (np.nan if slot in self._spoilt else 1)
+
+
 class MovedRows(WrongMemory):
     def write(self, slot: int, position: int, tensors: Mapping[str, np.ndarray]) -> None:
         super().write(slot, position, {name: np.roll(tensor, 1, axis=-2) for name, tensor in tensors.items()})
@@ -104,6 +143,7 @@ class LostState(WrongMemory):
         (NoFreshStart, "batch", "stale slot"),
         (MovedRows, "splits", "state not carried"),
         (LostState, "steps", "state not carried"),
+        (LateCopies, "forked", "forked streams"),
     ],
 )
 def test_a_wrong_runtime_over_a_right_graph_is_a_miss(
@@ -123,6 +163,27 @@ def test_a_wrong_runtime_over_a_right_graph_is_a_miss(
     assert {miss.candidate for miss in report.misses} == {"onnxruntime session"}
     assert schedule in {miss.schedule for miss in report.misses}
     assert name in report.diagnoses[0].name
+
+
+def test_slots_are_poisoned_before_their_first_stream_and_after_each(
+    bundle: Bundle, checkpoint: Path, verify_copy: Verify, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_wrong(bundle: Bundle, backend: str) -> Session:
+        return Session(bundle, WrongExecutor(open_session(bundle, backend).executor, TimesZero))
+
+    monkeypatch.setattr(candidates, "open_session", open_wrong)
+    report = verify_copy(bundle, checkpoint)
+    starts = {
+        (schedule.name, index, row)
+        for schedule in report.schedules
+        for index, call in enumerate(schedule.calls)
+        for row, position in enumerate(call.positions)
+        if position == 0 and call.handover in ("carried", "forked")  # what is resumed overwrites its slot
+    }
+    assert {("prefill", 0, 0), ("batch", 0, 1)} < starts
+    assert any(index for _, index, _ in starts), "a slot that is used again"
+    assert starts <= {(miss.schedule, miss.call, row) for miss in report.misses for row in miss.missed_rows}
+    assert report.diagnoses[0].candidate == "onnxruntime session"
 
 
 @pytest.mark.parametrize("how", ["saved", "forked", "moved"])

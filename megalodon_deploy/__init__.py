@@ -5,9 +5,14 @@ Heavy imports (PyTorch, ONNX, ONNX Runtime) happen when a name that needs them i
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# Read when ONNX Runtime is first imported: its official builds otherwise send reports of their use to Microsoft, and
+# keep an identifier and a database for that in the home directory. Who wants them sets the variable to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from megalodon_deploy.bundle import Bundle, open_bundle

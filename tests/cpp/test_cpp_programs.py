@@ -90,6 +90,19 @@ def test_hello_stream(
     assert python_session.stream(resume=tmp_path / "conversation.safetensors").position == len("def main(") + 199
 
 
+def test_onnxruntime_reports_to_nobody(
+    build_dir: Path, bundle: Bundle, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Where it does, it keeps what it has to tell in the home directory."""
+    home = {
+        name: value for name, value in os.environ.items() if name not in ("XDG_CACHE_HOME", "ORT_DISABLE_TELEMETRY")
+    }
+    home |= environment | {"HOME": str(tmp_path / "home")}
+    (tmp_path / "home").mkdir()
+    subprocess.run([build_dir / "hello_stream", bundle.path], env=home, cwd=tmp_path, capture_output=True, check=True)
+    assert list((tmp_path / "home").rglob("*")) == []
+
+
 def test_robot_loop_keeps_its_rate(build_dir: Path, bundle: Bundle, environment: dict[str, str]) -> None:
     output = run([build_dir / "robot_loop", bundle.path, "10", "30"], **environment)
     assert re.match(r"30 ticks, \d+ missed deadlines", output), output

@@ -285,3 +285,18 @@ def test_memory_stays_flat_over_thousands_of_tokens(make_bundle: MakeBundle) -> 
     for token in some_tokens(5000, 1):
         stream.step(token)
     assert resident_bytes() - before < 512 * 1024
+
+
+@pytest.mark.parametrize("chosen", [None, "0"])
+def test_onnxruntime_reports_to_nobody_unless_told_to(chosen: str | None, tmp_path: Path) -> None:
+    """Where it does, it keeps what it has to tell in the home directory."""
+    names = ("XDG_CACHE_HOME", "ORT_DISABLE_TELEMETRY")
+    environment = {name: value for name, value in os.environ.items() if name not in names} | {"HOME": str(tmp_path)}
+    if chosen is not None:
+        environment["ORT_DISABLE_TELEMETRY"] = chosen
+    script = "import megalodon_deploy, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    script += "" if chosen else "; import onnxruntime"
+    command = [sys.executable, "-c", script]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+    assert found == (chosen or "1")
+    assert list(tmp_path.rglob("*")) == []

@@ -14,6 +14,11 @@ namespace megalodon::detail {
 
 namespace {
 
+// ONNX Runtime's official builds otherwise send reports of their use to Microsoft, and keep an identifier and a
+// database for that in the home directory. Who wants them sets the variable to 0. Said when this library is loaded:
+// later, other threads may be reading the environment.
+[[maybe_unused]] const int telemetry_is_off = ::setenv("ORT_DISABLE_TELEMETRY", "1", 0);
+
 constexpr char kVariable[] = "ONNXRUNTIME_LIBRARY";
 constexpr char kInstall[] =
     "install ONNX Runtime (pip install onnxruntime, or your system's package) and set ONNXRUNTIME_LIBRARY to "

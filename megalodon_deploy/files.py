@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -83,9 +84,10 @@ def _naming(target: Path) -> Iterator[None]:
             raise
         raise OSError(error.errno, os.strerror(error.errno), str(target)) from error
     except SafetensorError as error:
-        if "I/O error" not in str(error):
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
             raise
-        raise OSError(f"{target}: cannot be written ({error})") from error
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(target)) from error
 
 
 def _replace_directory(new: Path, target: Path) -> None:

@@ -7,6 +7,7 @@ the same names, in float32, with the logits of all positions.
 
 from __future__ import annotations
 
+import errno
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from megalodon_deploy.state import POSITION, TOKENS, state_specs
 from megalodon_deploy.verify.memory import PoisonedMemory
 from megalodon_deploy.verify.schedule import Schedule
 
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CAPACITY = "capacity"  # [] int64, S of this call
 Feed = Mapping[str, np.ndarray]
 
@@ -71,10 +73,13 @@ class StreamRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy ships no typ
 
     @contextmanager
     def failing(self, what: str) -> Iterator[None]:
-        """Turn whatever a backend raises, which has no common base, into a `CandidateFailedError`."""
+        """Turn whatever a backend raises, which has no common base, into a `CandidateFailedError`; a full disk is no
+        fault of it."""
         try:
             yield
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in _DISK_FULL:
+                raise
             raise CandidateFailedError(f"{what}: {' '.join(str(error).split())}") from error
 
 

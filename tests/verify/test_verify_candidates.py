@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -210,6 +211,17 @@ def test_a_stream_that_is_handed_over_wrongly_is_a_miss_of_that_name(
     (diagnosis,) = verify_copy(bundle, checkpoint).diagnoses
     assert diagnosis.candidate == "onnxruntime session"
     assert diagnosis.name == f"{how} streams"
+
+
+def test_a_full_disk_is_no_miss(
+    bundle: Bundle, checkpoint: Path, verify_copy: Verify, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(saved: SavedStream, path: Path, *to: object) -> None:
+        raise OSError(errno.ENOSPC, "full", str(path))
+
+    monkeypatch.setattr(SavedStream, "write", fail)
+    with pytest.raises(OSError, match="full"):
+        verify_copy(bundle, checkpoint)
 
 
 def test_a_runtime_that_cannot_open_the_bundle_is_a_miss(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -61,7 +62,10 @@ def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
             yield temporary
             for file in temporary.rglob("*"):
                 _sync(file)
-            _replace_directory(temporary, target)
+            if overwrite:
+                _replace_directory(temporary, target)
+            else:
+                _name_directory(temporary, target)
             _sync(target.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -88,6 +92,15 @@ def _naming(target: Path) -> Iterator[None]:
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(target)) from error
+
+
+def _name_directory(new: Path, target: Path) -> None:
+    try:
+        os.rename(new, target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):  # somebody else made one meanwhile
+            raise FileExistsError(f"{target} exists already") from error
+        raise
 
 
 def _replace_directory(new: Path, target: Path) -> None:

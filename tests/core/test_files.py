@@ -48,6 +48,18 @@ def test_directory_appears_whole_and_is_not_overwritten_unasked(tmp_path: Path) 
     assert os.listdir(tmp_path) == ["bundle"]
 
 
+@pytest.mark.parametrize("kind", ["directory", "file"])
+def test_what_appears_meanwhile_is_not_overwritten_unasked(tmp_path: Path, kind: str) -> None:
+    target = tmp_path / "bundle"
+    with pytest.raises(FileExistsError, match="exists already"), atomic_directory(target) as temporary:
+        (temporary / "a").write_text("ours")
+        if kind == "directory":
+            target.mkdir()
+        (target / "a" if kind == "directory" else target).write_text("theirs")
+    assert (target / "a" if kind == "directory" else target).read_text() == "theirs"
+    assert os.listdir(tmp_path) == ["bundle"]
+
+
 def test_failed_directory_keeps_the_old_one(tmp_path: Path) -> None:
     target = tmp_path / "bundle"
     target.mkdir()

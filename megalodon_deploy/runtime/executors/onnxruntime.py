@@ -291,7 +291,9 @@ def load_session(
         return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
     except Exception as error:  # its error classes share no other base
         text = " ".join(str(error).split())
-        cure = "export it again" if path == bundle.model_path else "remove it"
+        cure = "remove it" if path != bundle.model_path else "export it again"
+        if pack_into is not None:  # as where the disk fills up
+            cure = "leave out share_weights"
         raise BundleError(f"{path}: ONNX Runtime cannot load it ({text}); {cure}") from error
 
 

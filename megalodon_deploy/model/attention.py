@@ -24,7 +24,10 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """(q [B,H,T,d], k [B,H,T,d], v [B,H,T,e], past_key [B,H,S,d], past_value [B,H,S,e]) -> [B,H,T,e]."""
 
 
-@dataclass(frozen=True)
+# The dataclasses that are called are not frozen: torch.compile of PyTorch 2.11 does not find the fields of one that is.
+
+
+@dataclass
 class Rotation:
     """cos and sin of every token's angle, each pair's value twice, the sign folded into sin: [B, T, 1, 1, d] each."""
 
@@ -80,7 +83,7 @@ def _attend_past(
     return attended
 
 
-@dataclass(frozen=True)
+@dataclass
 class SameOffset:
     """All rows are `offset` tokens into their chunk; the call may cross any number of chunk edges."""
 
@@ -100,7 +103,7 @@ class SameOffset:
         return torch.cat([first, rest], 2)
 
 
-@dataclass(frozen=True)
+@dataclass
 class OneChunk:
     """Every row stays inside its chunk: (position mod C) + T <= C. Positions [B] int64 live on the device."""
 
@@ -111,7 +114,7 @@ class OneChunk:
         return _attend_past(q, k, v, past_key, past_value, self.position, self.chunk_size)
 
 
-@dataclass(frozen=True)
+@dataclass
 class OnTheGrid:
     """Rows that cross chunk edges at different tokens.
 

@@ -13,6 +13,7 @@ from megalodon_deploy.cpus import usable_cpus
 from megalodon_deploy.errors import UserError
 
 _CUDA_DRIVER_NAMES = ("libcuda.so.1", "nvcuda.dll")
+_TOOLCHAIN = "python -m megalodon_deploy.engine.toolchain"
 _COMPUTE_MAJOR, _COMPUTE_MINOR = 75, 76  # CUdevice_attribute values of the CUDA driver API
 
 
@@ -46,8 +47,8 @@ def diagnose() -> list[Finding]:
         Finding("GPU", visible_gpus(), "running engines", "none is visible to the CUDA driver"),
         Finding("nvcc", _nvcc(), "compiling the plugin library", _extra("cuda-compiler")),
         Finding("TensorRT headers", _tensorrt_headers(), "compiling the plugin library", "set TENSORRT_ROOT"),
-        Finding("plugin library", _plugin_library(), "build with our plugins", "make plugins, in a clone"),
-        Finding("CPU operators", _cpu_operators(), "faster onnxruntime sessions", "make plugins, in a clone"),
+        Finding("plugin library", _plugin_library(), "build with our plugins", f"{_TOOLCHAIN} build-plugins"),
+        Finding("CPU operators", _cpu_operators(), "faster onnxruntime sessions", f"{_TOOLCHAIN} build-cpu"),
     ]
 
 

@@ -31,6 +31,11 @@ def repository_root() -> Path | None:
     return root if (root / "plugins" / "CMakeLists.txt").is_file() else None
 
 
+def plugin_sources() -> Path:
+    """The folder `plugins`: the checkout's, or the copy in an installed package."""
+    return (repository_root() or _PACKAGE_DIR) / "plugins"
+
+
 def cache_dir() -> Path:
     """This package's directory in the user's cache: downloaded headers, and libraries built without a checkout."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -55,11 +60,6 @@ def find_plugin_library() -> Path:
     path = default_build_dir() / LIBRARY_FILE
     if path.is_file():
         return path
-    if repository_root() is None:
-        raise MissingDependencyError(
-            f"{path} is missing, and an installed package has no sources to build it of: in a clone of the repository "
-            f"run `make plugins`, then set {LIBRARY_VARIABLE} to its build/plugins/{LIBRARY_FILE}"
-        )
     raise MissingDependencyError(
         f"{path} is missing; build it: python -m megalodon_deploy.engine.toolchain build-plugins, "
         f"or set {LIBRARY_VARIABLE}"

@@ -31,7 +31,7 @@ from megalodon_deploy.engine.library import (
     cache_dir,
     default_build_dir,
     default_operators_dir,
-    repository_root,
+    plugin_sources,
 )
 from megalodon_deploy.errors import EngineError, MissingDependencyError, UserError
 from megalodon_deploy.files import atomic_directory, sha256_file
@@ -242,10 +242,9 @@ def build_onnxruntime_operators(build_dir: Path | None = None, *, progress: Prog
 
     Raises as `build_plugins`; needs a C++ compiler, CMake and ninja only.
     """
-    folder, root = build_dir or default_operators_dir(), repository_root()
-    source = root / "plugins" / "onnxruntime" if root else None
+    folder = build_dir or default_operators_dir()
     arguments = ["-DCMAKE_COMPILE_WARNING_AS_ERROR=ON"]
-    _build(folder, source, arguments, progress or (lambda stage, fraction: None))
+    _build(folder, plugin_sources() / "onnxruntime", arguments, progress or (lambda stage, fraction: None))
     return folder / OPERATORS_FILE
 
 
@@ -259,12 +258,9 @@ def _headers(download: bool) -> Path:
 
 
 def _build(build_dir: Path, source_dir: Path | None, arguments: list[str], report: Progress) -> None:
-    root = repository_root()
-    source = source_dir or (root / "plugins" if root else None)
-    if source is None or not (source / "CMakeLists.txt").is_file():
-        raise EngineError(
-            f"no plugin sources in {source or 'this installation'}; clone the repository and pass --source"
-        )
+    source = source_dir or plugin_sources()
+    if not (source / "CMakeLists.txt").is_file():
+        raise EngineError(f"no plugin sources in {source}; pass --source, the folder plugins of a checkout")
     check_host_compiler()
     build_dir.mkdir(parents=True, exist_ok=True)
     ninja = find_program("ninja")
@@ -334,7 +330,7 @@ def _parser() -> argparse.ArgumentParser:
     cpu.add_argument("--build-dir", type=Path, help=f"default: {default_operators_dir()}")
     build = commands.add_parser("build-plugins", help=f"compile {LIBRARY_FILE}")
     build.add_argument("--build-dir", type=Path, help=f"default: {default_build_dir()}")
-    build.add_argument("--source", type=Path, help="the plugins/ directory of a checkout; default: the one beside us")
+    build.add_argument("--source", type=Path, help="the plugins/ directory of a checkout; default: our own")
     build.add_argument("--architectures", help="CMake's list, such as '90-real;120-real'; default: every target")
     build.add_argument("--warnings-as-errors", action="store_true")
     headers = build.add_mutually_exclusive_group()

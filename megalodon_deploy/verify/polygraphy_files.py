@@ -204,7 +204,7 @@ use_rtx() {{ export POLYGRAPHY_USE_TENSORRT_RTX=1 LD_LIBRARY_PATH="$PWD/lib${{LD
 purpose=${{1:-}}; shift || true
 case $purpose in trt | trt-rtx | both | build-rtx)
     [ -f "$PLUGINS" ] || {{
-        echo "$PLUGINS is missing: run make plugins in a clone of megalodon-deploy, or set PLUGINS=PATH" >&2
+        echo "$PLUGINS is missing: python -m megalodon_deploy.engine.toolchain build-plugins, or set PLUGINS" >&2
         exit 2
     }} ;;
 esac

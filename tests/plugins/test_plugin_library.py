@@ -111,7 +111,7 @@ def test_without_a_checkout_the_cache_holds_the_library(tmp_path: Path, monkeypa
     assert library.repository_root() is None
     assert library.default_build_dir() == tmp_path / "megalodon-deploy" / "plugins"
     monkeypatch.delenv(library.LIBRARY_VARIABLE, raising=False)
-    with pytest.raises(MissingDependencyError, match="in a clone of the repository run `make plugins`, then set"):
+    with pytest.raises(MissingDependencyError, match="build it: python -m"):
         library.find_plugin_library()
 
 

@@ -80,7 +80,7 @@ def test_without_the_plugins_the_script_says_how_to_get_them(emitted: Path, tmp_
     missing = tmp_path / "none.so"
     done = polygraphy(emitted, purpose, PLUGINS=str(missing))
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"{missing} is missing: run make plugins")
+    assert done.stderr.startswith(f"{missing} is missing: python -m megalodon_deploy.engine.toolchain build-plugins")
 
 
 def test_without_a_purpose_the_script_lists_them(emitted: Path) -> None:

@@ -14,6 +14,9 @@ from megalodon_deploy.console import progress_bar
 from megalodon_deploy.cpus import limit_spinning
 from megalodon_deploy.errors import InterruptedRunError
 
+# What a run has to be told, as examples for a printed file.
+_TO_FILL_IN: dict[str, dict[str, Any]] = {"data": {"paths": ["text"]}, "run": {"out": "run", "steps": 1000}}
+
 
 @click.command()
 @click.argument("settings", nargs=-1, metavar="[CONFIG.toml] [SECTION.KEY=VALUE]...")
@@ -39,11 +42,13 @@ def train(
     """
     limit_spinning()
     from megalodon_deploy.train import train as run_training
+    from megalodon_deploy.train.config import TrainConfig
 
-    config = _config(settings, options, resume=resume)
+    tables = _tables(settings, options, resume=resume)
     if print_config:
-        click.echo(config.to_toml(), nl=False)
+        click.echo(TrainConfig.from_tables(_filled(tables)).to_toml(), nl=False)
         return
+    config = TrainConfig.from_tables(tables)
     is_first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
     with progress_bar("train") if is_first else nullcontext() as progress:
         result = run_training(config, resume=resume, overwrite=overwrite, progress=progress)
@@ -60,9 +65,9 @@ def train(
         raise InterruptedRunError(f"interrupted after {result.steps} steps; go on with --resume")
 
 
-def _config(settings: tuple[str, ...], options: dict[str, Any], *, resume: bool) -> Any:
+def _tables(settings: tuple[str, ...], options: dict[str, Any], *, resume: bool) -> dict[str, dict[str, Any]]:
     """The run's settings; one that goes on has its own file to begin with."""
-    from megalodon_deploy.train.config import CONFIG_FILE, TrainConfig
+    from megalodon_deploy.train.config import CONFIG_FILE
     from megalodon_deploy.train.settings import override, read_toml
 
     file = Path(settings[0]) if settings and "=" not in settings[0] else None
@@ -77,4 +82,12 @@ def _config(settings: tuple[str, ...], options: dict[str, Any], *, resume: bool)
         earlier = read_toml(Path(out) / CONFIG_FILE)
         earlier.get("run", {}).pop("start_from", None)  # its weights are in the run's checkpoints
         tables = {name: {**earlier.get(name, {}), **tables.get(name, {})} for name in {**earlier, **tables}}
-    return TrainConfig.from_tables(tables)
+    return tables
+
+
+def _filled(tables: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """With examples of what a run has to be told."""
+    filled = {**tables, **{name: {**values, **tables.get(name, {})} for name, values in _TO_FILL_IN.items()}}
+    if "minutes" in filled["run"] and "steps" not in tables["run"]:
+        del filled["run"]["steps"]
+    return filled

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from megalodon_deploy.cli import cli
 from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.errors import ConfigError, TrainError
 from megalodon_deploy.parameters import num_parameters
 from megalodon_deploy.train import Measurement, OptimizerConfig, RunConfig, TrainConfig, TrainResult, byte_model
 from megalodon_deploy.train.config import setting_docs
 from megalodon_deploy.train.schedule import learning_rate, run_fraction
+from megalodon_deploy.train.settings import read_toml
 
 REQUIRED = ["data.paths=text", "run.out=out", "run.steps=100"]
 
@@ -149,3 +152,13 @@ def test_a_result_is_json() -> None:
     assert document["tokens_per_second"] == 20.0
     expected = {"step": 5, "seconds": 3.0, "train_loss": 2.0, "held_out_loss": 2.1, "bits_per_byte": 3.0}
     assert document["curve"] == [expected]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--minutes", "5"], ["--data", "pyproject.toml", "run.batch_size=3"]])
+def test_printed_settings_are_a_file_to_begin_with(arguments: list[str], tmp_path: Path) -> None:
+    printed = CliRunner().invoke(cli, ["train", "--print-config", *arguments], catch_exceptions=False)
+    (tmp_path / "run.toml").write_text(printed.stdout)
+    config = TrainConfig.from_tables(read_toml(tmp_path / "run.toml"))
+    assert config.data.paths == (Path("pyproject.toml" if "--data" in arguments else "text"),)
+    assert (config.run.steps, config.run.minutes) == ((None, 5) if "--minutes" in arguments else (1000, None))
+    assert config.run.batch_size == (3 if "run.batch_size=3" in arguments else RunConfig.batch_size)

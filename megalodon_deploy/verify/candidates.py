@@ -26,7 +26,7 @@ from megalodon_deploy.bundle import Bundle, Precision
 from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.export.precision import write_widened
 from megalodon_deploy.runtime.executors.onnxruntime import has_int8_products, missing_on_cpu
-from megalodon_deploy.runtime.session import open_session
+from megalodon_deploy.runtime.session import Session, open_session
 from megalodon_deploy.verify.compare import Contract
 from megalodon_deploy.verify.comparison import Candidate, RunnerFactory
 from megalodon_deploy.verify.not_run import NotRun
@@ -131,9 +131,12 @@ def session_candidate(bundle: Bundle, backend: str, *, max_batch: int | None = N
         hidden=frozenset(ROW_KINDS),
     )
 
+    def session() -> Session:
+        return open_session(bundle, backend)
+
     def open_runtime() -> RunnerFactory:
-        load_once = functools.cache(lambda: open_session(bundle, backend))
+        load_once = functools.cache(session)
         return lambda schedule, start: SessionRunner(load_once, schedule, start, name=name)
 
     what = f"Session and Stream of the runtime, {precision}"
-    return Candidate(name, what, contract, open_runtime, max_batch, keeps_streams=True)
+    return Candidate(name, what, contract, open_runtime, max_batch, session)

@@ -9,6 +9,7 @@ from polygraphy.comparator import Comparator, RunResults
 from polygraphy.logger import G_LOGGER
 
 from megalodon_deploy.config import MegalodonConfig
+from megalodon_deploy.runtime.session import Session
 from megalodon_deploy.verify.compare import Contract, ContractCompare
 from megalodon_deploy.verify.finding import Finding
 from megalodon_deploy.verify.reference import ReferenceRunner, Start
@@ -32,7 +33,12 @@ class Candidate:
     contract: Contract
     open: Callable[[], RunnerFactory]  # runners of one factory share a loaded model
     max_batch: int | None = None
-    keeps_streams: bool = False  # by itself, so that it can save, fork and move them
+    session: Callable[[], Session] | None = None  # opened anew; where it is the public runtime
+
+    @property
+    def keeps_streams(self) -> bool:
+        """By itself, so that it can save, fork and move them, and read text."""
+        return self.session is not None
 
 
 def reference_efforts(schedule: Schedule) -> list[int]:

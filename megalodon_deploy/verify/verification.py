@@ -13,9 +13,8 @@ from megalodon_deploy.bundle import Bundle
 from megalodon_deploy.errors import BundleError, UserError
 from megalodon_deploy.model.megalodon import Megalodon
 from megalodon_deploy.runtime.executors.onnxruntime import missing_on_cpu
-from megalodon_deploy.runtime.session import open_session
 from megalodon_deploy.verify.bisection import bisect
-from megalodon_deploy.verify.candidates import ACTIVATIONS, WIDENED, cpu_candidates, session_backend
+from megalodon_deploy.verify.candidates import ACTIVATIONS, WIDENED, cpu_candidates
 from megalodon_deploy.verify.comparison import (
     Candidate,
     Tick,
@@ -85,7 +84,7 @@ def run_verification(bundle: Bundle, options: VerifyOptions, progress: Progress 
         found, left_out = _run(candidate, reference.prepared, bundle, tick)
         findings += found
         not_run += left_out
-    agreements, left_out = _compare_text(bundle, reference.reading, findings, compared)
+    agreements, left_out = _compare_text(candidates, reference.reading, findings, compared)
     report = VerifyReport(
         bundle=_describe(bundle),
         config=bundle.config.to_dict(),
@@ -140,20 +139,27 @@ def _read_text(bundle: Bundle, model: Megalodon, chosen: str | Path | None) -> T
 
 
 def _compare_text(
-    bundle: Bundle, reading: TextReading | NotRun, findings: Sequence[Finding], progress: Progress | None
+    candidates: Sequence[Candidate],
+    reading: TextReading | NotRun,
+    findings: Sequence[Finding],
+    progress: Progress | None,
 ) -> tuple[list[TextAgreement], list[NotRun]]:
     """The text read through the public runtime. A backend that fails at it has missed before, or has a bug."""
     if isinstance(reading, NotRun):
         return [], [reading]
-    backend = session_backend(bundle)
     if progress is not None:
         progress("text", 1.0)
-    try:
-        return [compare_text(open_session(bundle, backend), reading, f"{backend} session")], []
-    except Exception as error:
-        if all(findings):
-            raise
-        return [], [NotRun(f"text with {backend}", " ".join(str(error).split()))]
+    agreements, not_run = [], []
+    for candidate in candidates:
+        if candidate.session is None:
+            continue
+        try:
+            agreements.append(compare_text(candidate.session(), reading, candidate.name))
+        except Exception as error:
+            if all(finding.passed for finding in findings if finding.candidate == candidate.name):
+                raise
+            not_run.append(NotRun(f"text with {candidate.name}", " ".join(str(error).split())))
+    return agreements, not_run
 
 
 def _bisected(bundle: Bundle, options: VerifyOptions, report: VerifyReport) -> VerifyReport:

@@ -105,7 +105,9 @@ def test_a_right_engine_passes_and_a_wrong_one_is_named(
     assert report.passed, report.verdict()
     compared = {finding.candidate for finding in report.findings}
     assert "engine a" in compared
-    assert (f"{FLAVOUR} session" in compared) == (bundle.manifest.precision != "bf16")
+    has_session = bundle.manifest.precision != "bf16"
+    assert (f"{FLAVOUR} session" in compared) == has_session
+    assert [agreement.candidate for agreement in report.text] == [f"{FLAVOUR} session"] * has_session
 
     def wrong(feeds: Arrays) -> Arrays:
         return right(feeds | {"past_cema.1": np.zeros_like(feeds["past_cema.1"])})

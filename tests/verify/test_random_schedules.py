@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -45,9 +46,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
 def candidates(bundle: Bundle) -> list[Candidate]:
     found, _ = cpu_candidates(bundle)
     opened = [(candidate, functools.cache(candidate.open)) for candidate in found]
-    return [
-        Candidate(it.name, it.what, it.contract, open_once, keeps_streams=it.keeps_streams) for it, open_once in opened
-    ]
+    return [dataclasses.replace(candidate, open=open_once) for candidate, open_once in opened]
 
 
 @settings(max_examples=40, deadline=None)

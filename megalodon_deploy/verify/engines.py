@@ -12,7 +12,7 @@ from megalodon_deploy.doctor import first_gpu_capability, visible_gpus
 from megalodon_deploy.engine import EngineInfo, check_engine, list_engines
 from megalodon_deploy.engine.library import find_plugin_library
 from megalodon_deploy.engine.targets import FLAVOURS, Flavour, check_flavour
-from megalodon_deploy.errors import UserError
+from megalodon_deploy.errors import MissingDependencyError, UserError
 from megalodon_deploy.runtime.executors.engine_choice import Place, choose_engine
 from megalodon_deploy.runtime.executors.tensorrt import TensorRTErrors, import_tensorrt, load_plugins
 from megalodon_deploy.verify.candidates import carried_candidate, graph_contract, session_candidate
@@ -36,8 +36,10 @@ def engine_candidates(bundle: Bundle) -> tuple[list[Candidate], list[NotRun]]:
             not_run.append(NotRun(f"engine {info.id}", why))
         else:
             candidates.append(_candidate(bundle, info, flavour, gpus))
-    session = _session(bundle, engines, flavour, capability)
-    (candidates if isinstance(session, Candidate) else not_run).append(session)  # type: ignore[arg-type]
+    try:
+        candidates.append(_session(bundle, engines, flavour, capability))
+    except UserError as error:
+        not_run.append(NotRun(f"{flavour} session", str(error)))
     return candidates, not_run
 
 
@@ -113,13 +115,10 @@ def _load(bundle: Bundle, info: EngineInfo, flavour: Flavour, errors: TensorRTEr
         return engine_from_path(str(path), runtime=trt.Runtime(errors.logger))
 
 
-def _session(bundle: Bundle, engines: list[EngineInfo], flavour: Flavour, capability: int) -> Candidate | NotRun:
-    """The public runtime over the engine that it would choose."""
-    try:
-        place = Place(flavour, import_tensorrt(flavour).__version__, capability)
-        info = choose_engine(bundle, engines, place)
-    except UserError as error:
-        return NotRun(f"{flavour} session", str(error))
+def _session(bundle: Bundle, engines: list[EngineInfo], flavour: Flavour, capability: int) -> Candidate:
+    """The public runtime over the engine that it would choose; raises `UserError` where there is none."""
+    place = Place(flavour, import_tensorrt(flavour).__version__, capability)
+    info = choose_engine(bundle, engines, place)
     if find_spec("cuda") is None:
-        return NotRun(f"{flavour} session", "cuda-bindings is not installed: pip install 'megalodon-deploy[cuda]'")
+        raise MissingDependencyError("cuda-bindings is not installed: pip install 'megalodon-deploy[cuda]'")
     return session_candidate(bundle, flavour, max_batch=info.max_batch)

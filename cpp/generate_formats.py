@@ -25,6 +25,7 @@ _CONSTANTS: dict[str, tuple[str, str | float]] = {
     "kEngineFile": ("char[]", bundle.ENGINE_FILE),
     "kEngineInfoFile": ("char[]", bundle.ENGINE_INFO_FILE),
     "kEngineInfoVersion": ("int", info.FORMAT_VERSION),
+    "kAttentionOperator": ("char[]", state.CHUNK_ATTENTION),
     "kPluginLibraryFile": ("char[]", library.LIBRARY_FILE),
     "kPluginLibraryVariable": ("char[]", library.LIBRARY_VARIABLE),
     "kOperatorsVariable": ("char[]", library.OPERATORS_VARIABLE),

@@ -155,6 +155,7 @@ Manifest parse(const std::string& text) {
     manifest.fingerprint = text_at(document, "fingerprint");
     manifest.model_fingerprint = text_at(document, "model_fingerprint");
     manifest.precision = text_at(document, "precision");
+    manifest.attention = text_at(document, "attention");
     manifest.activation = activation_of(manifest.precision);
     manifest.returns_all_logits = text_at(document, "logits") == "all";
     manifest.vocab_size = positive_at(at(document, "config"), "vocab_size");

@@ -15,6 +15,7 @@ constexpr char kEnginesDir[] = "engines";
 constexpr char kEngineFile[] = "model.engine";
 constexpr char kEngineInfoFile[] = "engine.json";
 constexpr int kEngineInfoVersion = 1;
+constexpr char kAttentionOperator[] = "ChunkAttention";
 constexpr char kPluginLibraryFile[] = "libmegalodon.so";
 constexpr char kPluginLibraryVariable[] = "MEGALODON_PLUGIN_LIBRARY";
 constexpr char kOperatorsVariable[] = "MEGALODON_ONNXRUNTIME_LIBRARY";

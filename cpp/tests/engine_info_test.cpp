@@ -51,8 +51,9 @@ TEST_F(Engines, TheBestOfThoseThatFitIsTaken) {
     add("large", [](Json& d) { d["max_batch"] = 8; });
     add("foreign", [](Json& d) { d["max_batch"] = 99, d["compute_capabilities"] = {90}; });
     add(".unfinished", [](Json& d) { d = 3; });
+    add("plugin", [](Json& d) { d["max_batch"] = 8, d["plugins"] = {kAttentionOperator}; });
     const EngineInfo info = choose();
-    EXPECT_EQ(info.id, "large");
+    EXPECT_EQ(info.id, "large") << "which attends as the bundle was exported for";
     EXPECT_EQ(info.plugin_abi, 2);
     detail::check_engine(info);
 }

@@ -9,13 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megalodon_deploy.bundle import ENGINE_FILE, ENGINE_INFO_FILE, ENGINES_DIR, Bundle, FileEntry
+from megalodon_deploy.bundle import ENGINE_FILE, ENGINE_INFO_FILE, ENGINES_DIR, AttentionKind, Bundle, FileEntry
 from megalodon_deploy.engine.library import abi_version, find_plugin_library
 from megalodon_deploy.engine.profile import ShapeRange
 from megalodon_deploy.engine.targets import EngineWeights
 from megalodon_deploy.engine.weight_inputs import WeightPlace
 from megalodon_deploy.errors import EngineError
 from megalodon_deploy.files import sha256_file
+from megalodon_deploy.state import CHUNK_ATTENTION
 
 FORMAT_VERSION = 1
 REBUILD = "build it again with `megalodon-deploy build`"
@@ -57,6 +58,11 @@ class EngineInfo:
     engine: FileEntry
     build_seconds: float
     peak_memory_bytes: int
+
+    @property
+    def attention(self) -> AttentionKind:
+        """What computes it."""
+        return "plugin" if CHUNK_ATTENTION in self.plugins else "standard"
 
     def to_json(self) -> str:
         text = json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=2)

@@ -78,6 +78,11 @@ def test_the_best_engine_is_chosen(make_bundle: MakeBundle) -> None:
     for_one = engine_info(bundle, "for one", max_batch=8, compute_capabilities=(89,))
     assert choose_engine(bundle, [outside, large], HERE) is large
     assert choose_engine(bundle, [large, for_one, outside], HERE) is for_one
+    by_plugin = engine_info(bundle, "plugin", max_batch=8, compute_capabilities=(89,), plugins=("ChunkAttention",))
+    assert choose_engine(bundle, [large, by_plugin], HERE) is large
+    for_plugin = Bundle(bundle.path, replace(bundle.manifest, attention="plugin"))
+    of_it = [replace(info, bundle_fingerprint=for_plugin.manifest.fingerprint) for info in (large, by_plugin, for_one)]
+    assert choose_engine(for_plugin, of_it, HERE).id == "plugin"
 
 
 def test_of_several_gpus_engines_this_gpus_is_chosen(make_bundle: MakeBundle) -> None:

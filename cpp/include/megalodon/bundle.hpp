@@ -47,6 +47,7 @@ struct Manifest {
     std::string fingerprint;        // which bundle this is: configuration, precision and weights
     std::string model_fingerprint;  // which checkpoint it was exported from
     std::string precision;          // fp32, fp16 or bf16
+    std::string attention;          // standard or plugin: what its engines compute it with, unless built otherwise
     DType activation = DType::float32;
     bool returns_all_logits = false;  // logits of all T positions, or of the last one
     std::int64_t vocab_size = 0;      // V

@@ -42,6 +42,8 @@ EngineInfo read(const fs::path& directory) {
         info.max_batch = values.at("max_batch").get<std::int64_t>();
         info.max_tokens = values.at("profile").at(kTokens).at("max").at(1).get<std::int64_t>();
         info.has_wide_norms = values.at("norm_update") == "float64";
+        const auto plugins = values.at("plugins").get<std::vector<std::string>>();
+        info.attention = std::count(plugins.begin(), plugins.end(), kAttentionOperator) > 0 ? "plugin" : "standard";
         info.bundle_fingerprint = values.at("bundle_fingerprint").get<std::string>();
         const Json& file = values.at("engine");
         info.engine = {file.at("sha256").get<std::string>(), file.at("size_bytes").get<std::uint64_t>()};
@@ -98,9 +100,11 @@ EngineInfo choose_engine(const Bundle& bundle, const Place& place) {
          "is for the Python runtime alone; build one without --version-compatible and with --weights engine");
     keep([&](const EngineInfo& info) { return info.max_tokens == bundle.manifest().chunk_size; },
          "has the shapes of another release; build it again");
-    const auto preference = [](const EngineInfo& info) {
+    const auto preference = [&](const EngineInfo& info) {
         const auto num_others = static_cast<std::int64_t>(info.capabilities.size());
-        return std::make_tuple(info.has_wide_norms, info.max_batch, !info.is_for_later_gpus, -num_others, info.id);
+        const bool is_as_exported = info.attention == bundle.manifest().attention;
+        return std::make_tuple(info.has_wide_norms, info.max_batch, is_as_exported, !info.is_for_later_gpus,
+                               -num_others, info.id);
     };
     return *std::max_element(left.begin(), left.end(), [&](const EngineInfo& one, const EngineInfo& other) {
         return preference(one) < preference(other);

@@ -22,6 +22,7 @@ struct EngineInfo {
     std::int64_t max_batch = 0;
     std::int64_t max_tokens = 0;  // of a call
     bool has_wide_norms = false;  // norms are updated in float64
+    std::string attention;        // standard or plugin: what computes it
     std::string bundle_fingerprint;
     FileEntry engine;
     std::optional<int> plugin_abi;  // of libmegalodon; none: no plugins
@@ -34,8 +35,9 @@ struct Place {
     int capability;       // of the GPU, 89 for 8.9
 };
 
-// The best engine for this place: one whose norms are updated in float64, then the one for most streams, then the one
-// for the fewest kinds of GPU. Throws Error (engine), saying what is in the way and what to do, when there is none.
+// The best engine for this place: one whose norms are updated in float64, then the one for most streams, then one that
+// attends as the bundle was exported for, then the one for the fewest kinds of GPU. Throws Error (engine), saying what
+// is in the way and what to do, when there is none.
 EngineInfo choose_engine(const Bundle& bundle, const Place& place);
 
 // Size and hash: an engine is code. Throws Error (engine).

@@ -23,7 +23,8 @@ class Place:
 
 def choose_engine(bundle: Bundle, engines: Sequence[EngineInfo], place: Place) -> EngineInfo:
     """The best engine for this place: one whose norms are updated in float64, then the one for most streams, then one
-    with its weights inside, then the one for the fewest kinds of GPU.
+    that attends as the bundle was exported for, then one with its weights inside, then the one for the fewest kinds of
+    GPU.
 
     Raises `EngineError`, saying what is in the way and what to do, when there is none.
     """
@@ -65,13 +66,14 @@ def choose_engine(bundle: Bundle, engines: Sequence[EngineInfo], place: Place) -
         if not fitting:
             raise EngineError(f"{bundle.path}: {objection(left[0])}")
         left = fitting
-    return max(left, key=_preference)
+    return max(left, key=lambda info: _preference(info, bundle.manifest.attention))
 
 
-def _preference(info: EngineInfo) -> tuple[bool, int, bool, bool, int, str]:
+def _preference(info: EngineInfo, attention: str) -> tuple[bool, int, bool, bool, bool, int, str]:
     return (
         info.norm_update == "float64",
         info.max_batch,
+        info.attention == attention,
         info.weights == "engine",
         not info.hardware_compatible,
         -len(info.compute_capabilities),

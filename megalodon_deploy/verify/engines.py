@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,7 +13,7 @@ from megalodon_deploy.doctor import first_gpu_capability, visible_gpus
 from megalodon_deploy.engine import EngineInfo, check_engine, list_engines
 from megalodon_deploy.engine.library import find_plugin_library
 from megalodon_deploy.engine.targets import FLAVOURS, Flavour, check_flavour
-from megalodon_deploy.errors import MissingDependencyError, UserError
+from megalodon_deploy.errors import UserError
 from megalodon_deploy.runtime.executors.engine_choice import Place, choose_engine
 from megalodon_deploy.runtime.executors.tensorrt import TensorRTErrors, import_tensorrt, load_plugins
 from megalodon_deploy.verify.candidates import carried_candidate, graph_contract, session_candidate
@@ -119,6 +120,5 @@ def _session(bundle: Bundle, engines: list[EngineInfo], flavour: Flavour, capabi
     """The public runtime over the engine that it would choose; raises `UserError` where there is none."""
     place = Place(flavour, import_tensorrt(flavour).__version__, capability)
     info = choose_engine(bundle, engines, place)
-    if find_spec("cuda") is None:
-        raise MissingDependencyError("cuda-bindings is not installed: pip install 'megalodon-deploy[cuda]'")
+    import_module("megalodon_deploy.runtime.cuda.driver")  # which says what is missing
     return session_candidate(bundle, flavour, max_batch=info.max_batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,8 @@ def test_a_right_engine_passes_and_a_wrong_one_is_named(
     bundle = export_checkpoint(checkpoint, tmp_path / "bundle", **options)
     add_engine(bundle, "a", precision=bundle.manifest.precision)
     if bundle.manifest.precision == "bf16":  # the stand-in for a session runs the graph itself
-        monkeypatch.setattr(engines, "find_spec", lambda name: None if name == "cuda" else True)
+        monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+        monkeypatch.delitem(sys.modules, "megalodon_deploy.runtime.cuda.driver", raising=False)
     right = make_compute(bundle, tmp_path / "widened")
     fake_trt.install(monkeypatch, *types(bundle), right)
     report = verify_copy(bundle, checkpoint)
@@ -107,6 +109,8 @@ def test_a_right_engine_passes_and_a_wrong_one_is_named(
     assert "engine a" in compared
     has_session = bundle.manifest.precision != "bf16"
     assert (f"{FLAVOUR} session" in compared) == has_session
+    why = {item.what: item.why for item in report.not_run}.get(f"{FLAVOUR} session", "")
+    assert ("needs cuda-bindings: pip install 'megalodon-deploy[cuda]'" in why) != has_session
     assert [agreement.candidate for agreement in report.text] == [f"{FLAVOUR} session"] * has_session
 
     def wrong(feeds: Arrays) -> Arrays:

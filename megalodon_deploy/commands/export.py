@@ -45,6 +45,7 @@ from megalodon_deploy.errors import CheckFailedError
     type=click.Choice(["none", "int8", "int4", "fp8", "nvfp4"]),
     help="The output matrix; default: int8 beside 4-bit weights, else like them.",
 )
+@click.option("--quantize-embedding", type=click.Choice(["none", "int8"]), help="The embedding; default: none.")
 @click.option(
     "--attention",
     type=click.Choice(["standard", "plugin"]),
@@ -52,7 +53,6 @@ from megalodon_deploy.errors import CheckFailedError
     show_default=True,
     help="What computes it in engines, unless build is told: TensorRT's operators or our plugin.",
 )
-@click.option("--quantize-embedding", type=click.Choice(["none", "int8"]), help="The embedding; default: none.")
 @click.option("--calibrate", type=EXISTING, metavar="FILE", help="Choose codes with GPTQ on this text.")
 @click.option(
     "--gate", type=EXISTING, metavar="FILE", help="Measure quality on this held-out text; exit 1 if it fails."

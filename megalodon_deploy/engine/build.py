@@ -53,8 +53,8 @@ def build_engine(
     tokens. Without `plugins` all operators are standard ones, and TimestepNorm's update runs in float32, which drifts
     on streams of millions of tokens. `weights`: "engine" puts them into the engine; "bundle" leaves the matrices in
     the bundle's weight file, so that neither engine nor build grow with the model; "streamed" engines keep what finds
-    no room on the GPU in main memory. `attention`: "standard", TensorRT's operators, or our
-    "plugin"; None: what the bundle was exported for.
+    no room on the GPU in main memory. `attention`: "standard", TensorRT's operators, or our "plugin";
+    None: what the bundle was exported for.
 
     Raises `MissingDependencyError` when TensorRT or the plugin library is not installed, and `EngineError`, in one
     line, for everything that TensorRT refuses; the bundle is then as it was.

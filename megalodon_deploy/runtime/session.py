@@ -42,8 +42,8 @@ def open_session(
     `threads`: CPU threads of one call; None: as many as the machine has cores. `device`: "cpu", "cuda" or "cuda:1";
     None: "cpu" for onnxruntime and torch, for TensorRT the current CUDA context, or else the first GPU. `dtype`
     ("float32", "float16", "bfloat16"; None: the bundle's precision) is for the torch backend. `native` is for
-    onnxruntime on the CPU: our operators as compiled code (True), as the function bodies in the
-    graph (False), or compiled where the library was built and MEGALODON_KERNELS is not "reference" (None).
+    onnxruntime on the CPU: our operators as compiled code (True), as the function bodies in the graph (False), or
+    compiled where the library was built and MEGALODON_KERNELS is not "reference" (None).
     `share_weights` is for onnxruntime on the CPU: matrices are mapped from a file in the user's cache, as they are
     multiplied, so that all processes share them and opening takes less time. The first opening writes the file, which
     takes up to twice the disk of the bundle's weights.

@@ -23,13 +23,15 @@ from export_helpers import (
 )
 from helpers import assert_close, small_config
 
-from megalodon_deploy.bundle import Bundle
+from megalodon_deploy.bundle import Bundle, open_bundle
+from megalodon_deploy.errors import UserError
 from megalodon_deploy.export import export_checkpoint
 from megalodon_deploy.export.builder import IR_VERSION, OPSET
 from megalodon_deploy.export.operators import DOMAIN, DOMAIN_VERSION
 from megalodon_deploy.export.operators.chunk_attention import chunk_attention_function
 from megalodon_deploy.export.operators.schema import SIGNATURES, register_schemas
 from megalodon_deploy.export.precision import write_widened
+from megalodon_deploy.inspection import inspect_bundle
 from megalodon_deploy.verify import verify_bundle
 
 CONFIG = small_config(chunk_size=70)
@@ -134,6 +136,18 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bundle]:
     root = tmp_path_factory.mktemp("attention")
     ckpt = write_seeded(root / "ckpt", CONFIG)
     return ckpt, export_checkpoint(ckpt, root / "bundle")
+
+
+def test_the_choice_of_attention_is_for_engines_alone(exported: tuple[Path, Bundle], tmp_path: Path) -> None:
+    ckpt, standard = exported
+    plugin = export_checkpoint(ckpt, tmp_path / "plugin", attention="plugin")
+    assert [open_bundle(bundle.path).manifest.attention for bundle in (standard, plugin)] == ["standard", "plugin"]
+    assert plugin.model_path.read_bytes() == standard.model_path.read_bytes()
+    model = onnx.load(plugin.model_path, load_external_data=False)
+    assert sum(node.op_type == "ChunkAttention" for node in model.graph.node) == CONFIG.num_layers
+    assert inspect_bundle(plugin)["attention"] == "plugin"
+    with pytest.raises(UserError, match="attention 'flash' cannot be exported; there are: standard, plugin"):
+        export_checkpoint(ckpt, tmp_path / "bundle", attention="flash")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,8 @@ endforeach()
 if(tensorrt_abis)
     message(STATUS "TensorRT backend for ABI ${tensorrt_abis}")
     target_sources(megalodon_objects PRIVATE
-        src/backends/gpu.cpp src/backends/kernels.cpp src/backends/tensorrt_engine.cpp)
+        src/backends/bundle_weights.cpp src/backends/gpu.cpp src/backends/kernels.cpp
+        src/backends/tensorrt_engine.cpp)
     target_include_directories(megalodon_objects SYSTEM PRIVATE ${MEGALODON_CUDA_INCLUDE})
 else()
     message(STATUS "No TensorRT backend: MEGALODON_TENSORRT_INCLUDE and MEGALODON_CUDA_INCLUDE name no headers")

@@ -49,6 +49,8 @@ TEST_F(Engines, TheBestOfThoseThatFitIsTaken) {
     add("narrow", [](Json& d) { d["norm_update"] = "float32", d["max_batch"] = 64; });
     add("small");
     add("large", [](Json& d) { d["max_batch"] = 8; });
+    add("outside", [](Json& d) { d["max_batch"] = 8, d["weights"] = "bundle", d["compute_capabilities"] = {89}; });
+    add("streamed", [](Json& d) { d["max_batch"] = 8, d["weights"] = "streamed", d["compute_capabilities"] = {89}; });
     add("foreign", [](Json& d) { d["max_batch"] = 99, d["compute_capabilities"] = {90}; });
     add(".unfinished", [](Json& d) { d = 3; });
     add("plugin", [](Json& d) { d["max_batch"] = 8, d["plugins"] = {kAttentionOperator}; });
@@ -67,12 +69,26 @@ TEST_F(Engines, WhatIsInTheWayIsSaid) {
     EXPECT_PRED2(has, refused([](Json& d) { d["flavour"] = "tensorrt"; }), "another flavour than tensorrt-rtx");
     EXPECT_PRED2(has, refused([](Json& d) { d["bundle_fingerprint"] = "x"; }), "another export");
     EXPECT_PRED2(has, refused([](Json& d) { d["compute_capabilities"] = {80}; }), "compute capability 8.9");
-    EXPECT_PRED2(has, refused([](Json& d) { d["weights"] = "bundle"; }), "for the Python runtime alone");
-    EXPECT_PRED2(has, refused([](Json& d) { d["version_compatible"] = true; }), "for the Python runtime alone");
     EXPECT_PRED2(has, refused([](Json& d) { d["version"] = "1.7.10"; }), "another version of TensorRT than 1.7.1");
     EXPECT_PRED2(has, refused([](Json& d) { d["profile"]["tokens"]["max"] = {4, 6}; }), "another release");
     EXPECT_PRED2(has, refused([](Json& d) { d["format_version"] = 9; }), "format version 9");
     EXPECT_PRED2(has, refused([](Json& d) { d.erase("max_batch"); }), "max_batch");
+    EXPECT_PRED2(has, refused([](Json& d) { d["bundle_weights"] = {{"w", {{"offset", 0}}}}; }), "size_bytes");
+}
+
+TEST_F(Engines, CompatibleOnesServeLaterReleasesOfTheSameMajorVersion) {
+    const auto serves = [&](const char* version) {
+        add("only", [&](Json& d) { d["version_compatible"] = true, d["version"] = version; });
+        try {
+            return choose().id == "only";
+        } catch (const Error&) {
+            return false;
+        }
+    };
+    for (const char* version : {"1.7.1.116", "1.7.0.9", "1.6.12.3"})
+        EXPECT_TRUE(serves(version)) << version;
+    for (const char* version : {"1.7.2.0", "1.10.0.1", "0.9.9.9", "2.0.0.1"})
+        EXPECT_FALSE(serves(version)) << version;
 }
 
 TEST_F(Engines, ADamagedEngineIsNotLoaded) {

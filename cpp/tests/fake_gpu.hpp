@@ -5,12 +5,16 @@
 
 namespace megalodon::test {
 
+constexpr std::int64_t kStreamingBudget = 4242;  // that TensorRT finds good
+
 struct FakeGpuControl {
     std::int32_t tensorrt_version = 0;  // as getInferLibVersion gives it
     bool refuses_capture = false;
     bool refuses_calls = false;
-    int num_calls = 0;     // that TensorRT enqueued, captured ones included
-    int num_captures = 0;  // graphs
+    bool is_host_code_allowed = false;  // of engines that bring a runtime of their own
+    std::int64_t streaming_budget = 0;  // of the engine whose context was made last; -1: none was set
+    int num_calls = 0;                  // that TensorRT enqueued, captured ones included
+    int num_captures = 0;               // graphs
     int num_launches = 0;
     int num_synchronisations = 0;
     int num_allocations = 0;

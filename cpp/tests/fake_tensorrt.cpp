@@ -10,6 +10,7 @@
 #include <cstring>
 #include <map>
 #include <optional>
+#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -81,16 +82,28 @@ struct ContextImpl : Object {
     void* scratch = nullptr;
 };
 
+// An input that a call finds these bytes in, or fails.
+struct Weight {
+    trt::DataType type;
+    std::string bytes;
+};
+
 struct EngineImpl : Object {
-    explicit EngineImpl(std::int64_t chunk_size)
-        : manifest(tiny_bundle({11, chunk_size}).manifest()), model(FakeOptions{chunk_size, 64, true, false}) {
+    EngineImpl(std::int64_t chunk_size, std::map<std::string, Weight> inputs)
+        : manifest(tiny_bundle({11, chunk_size}).manifest()),
+          model(FakeOptions{chunk_size, 64, true, false}),
+          weights(std::move(inputs)) {
         names = {"tokens", "position", "logits"};
         for (const StateSpec& spec : manifest.state)
             names.insert(names.end(), {spec.past, spec.present});
+        for (const auto& [name, weight] : weights)
+            names.push_back(name);
     }
     Manifest manifest;
     mutable FakeEngine model;
+    std::map<std::string, Weight> weights;
     std::vector<std::string> names;
+    std::int64_t streaming_budget = -1;
 };
 
 bool set_input_shape(ContextImpl* self, const char* name, const trt::Dims& dims) {
@@ -139,7 +152,14 @@ bool enqueue_call(ContextImpl* self, CUstream stream) {
         self->ran_with = self->shapes;
         const EngineImpl* engine = self->engine;
         auto [inputs, outputs] = tensors_of(*self);
-        const auto work = [engine, inputs = std::move(inputs), outputs = std::move(outputs)]() mutable {
+        std::map<std::string, void*> addresses;
+        for (const auto& [name, weight] : engine->weights)
+            addresses[name] = self->addresses.at(name);
+        const auto work = [engine, addresses, inputs = std::move(inputs), outputs = std::move(outputs)]() mutable {
+            for (const auto& [name, weight] : engine->weights) {
+                const std::size_t bytes = weight.bytes.size();
+                require(weight.bytes.compare(0, bytes, host(addresses[name], bytes), bytes) == 0, "another " + name);
+            }
             std::vector<TensorRef> given = inputs, wanted = outputs;
             to_host(given);
             to_host(wanted);
@@ -168,6 +188,7 @@ trt::IExecutionContext* create_context(EngineImpl* self, trt::ExecutionContextAl
     impl->table = context_table().address();
     impl->engine = self;
     ++fake_gpu_control.num_live;
+    fake_gpu_control.streaming_budget = self->streaming_budget;
     return new FakeContext(impl);
 }
 std::int32_t num_tensors(EngineImpl* self) {
@@ -176,8 +197,28 @@ std::int32_t num_tensors(EngineImpl* self) {
 const char* name_of_tensor(EngineImpl* self, std::int32_t index) {
     return self->names.at(static_cast<std::size_t>(index)).c_str();
 }
+// Of weights, which alone the runtime asks for: two axes, the first of which has one element.
+trt::Dims shape_of_tensor(EngineImpl* self, const char* name) {
+    const Weight& weight = self->weights.at(name);
+    const auto bytes = static_cast<std::int64_t>(weight.bytes.size());
+    trt::Dims dims{};
+    dims.nbDims = 2;
+    dims.d[0] = 1;
+    dims.d[1] = weight.type == trt::DataType::kINT4 ? 2 * bytes - 1 : bytes / 2;
+    return dims;
+}
+trt::DataType type_of_tensor(EngineImpl* self, const char* name) {
+    return self->weights.at(name).type;
+}
 std::int64_t scratch_bytes(EngineImpl*) {
     return kScratchBytes;
+}
+std::int64_t automatic_budget(EngineImpl*) {
+    return kStreamingBudget;
+}
+bool set_budget(EngineImpl* self, std::int64_t bytes) {
+    self->streaming_budget = bytes;
+    return true;
 }
 
 const Table& engine_table() {
@@ -186,7 +227,11 @@ const Table& engine_table() {
                                    .with(&V::createExecutionContext, &create_context)
                                    .with(&V::getNbIOTensors, &num_tensors)
                                    .with(&V::getIOTensorName, &name_of_tensor)
-                                   .with(&V::getDeviceMemorySizeV2, &scratch_bytes);
+                                   .with(&V::getTensorShape, &shape_of_tensor)
+                                   .with(&V::getTensorDataType, &type_of_tensor)
+                                   .with(&V::getDeviceMemorySizeV2, &scratch_bytes)
+                                   .with(&V::getWeightStreamingAutomaticBudget, &automatic_budget)
+                                   .with(&V::setWeightStreamingBudgetV2, &set_budget);
     return table;
 }
 
@@ -200,20 +245,28 @@ FakeCudaEngine::~FakeCudaEngine() noexcept {
 
 trt::ILogger* logger = nullptr;  // that was given last
 
-// A serialised engine of the stand-in is the length of its chunks.
+// A serialised engine of the stand-in is the length of its chunks, then name, type (half or int4) and bytes of each
+// weight that it lacks.
 trt::ICudaEngine* deserialize(Object*, const void* data, std::size_t bytes) {
-    const std::string text(static_cast<const char*>(data), bytes);
-    if (text.find_first_not_of("0123456789") != std::string::npos) {
+    std::istringstream text({static_cast<const char*>(data), bytes});
+    std::int64_t chunk_size = 0;
+    if (!(text >> chunk_size)) {
         logger->log(trt::ILogger::Severity::kERROR, "no engine\nof the stand-in");
         return nullptr;
     }
-    auto* impl = new EngineImpl(std::stoll(text));
+    std::map<std::string, Weight> weights;
+    for (std::string name, type, content; text >> name >> type >> content;)
+        weights[name] = {type == "half" ? trt::DataType::kHALF : trt::DataType::kINT4, content};
+    auto* impl = new EngineImpl(chunk_size, weights);
     impl->table = engine_table().address();
     return new FakeCudaEngine(impl);
 }
 
 void* load_library(Object* self, const char*) {
     return self;
+}
+void allow_host_code(Object*, bool is_allowed) {
+    fake_gpu_control.is_host_code_allowed = is_allowed;
 }
 trt::IPluginRegistry& registry(Object*) {
     using Load = trt::IPluginRegistry::PluginLibraryHandle (trt::IPluginRegistry::*)(const char*) noexcept;
@@ -235,7 +288,8 @@ FAKE_EXPORT void* createInferRuntime_INTERNAL(void* given, std::int32_t version)
     using Deserialize = trt::ICudaEngine* (V::*)(const void*, std::size_t) noexcept;
     static const Table table = Table()
                                    .with(static_cast<Deserialize>(&V::deserializeCudaEngine), &deserialize)
-                                   .with(&V::getPluginRegistry, &registry);
+                                   .with(&V::getPluginRegistry, &registry)
+                                   .with(&V::setEngineHostCodeAllowed, &allow_host_code);
     static Object object{table.address()};
     logger = static_cast<trt::ILogger*>(given);
     logger->log(trt::ILogger::Severity::kWARNING, "a warning of the stand-in");

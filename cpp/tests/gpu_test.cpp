@@ -57,11 +57,25 @@ class Gpu : public testing::TestWithParam<Flavour> {
     }
     void write_info() { write_text(directory_.path() / kEnginesDir / "only" / kEngineInfoFile, info_.dump()); }
 
-    Session session() const {
+    // An engine without two weights, and a bundle that has them.
+    void write_engine_without_weights() {
+        const auto manifest_path = directory_.path() / kManifestFile, path = directory_.path() / kWeightsFile;
+        write_text(path, "_matrix___codes_");
+        Json manifest = Json::parse(detail::read_text(manifest_path));
+        manifest["files"][kWeightsFile] = {{"sha256", detail::sha256_file(path)}, {"size_bytes", 16}};
+        write_text(manifest_path, manifest.dump());
+        info_["weights"] = "bundle";
+        info_["bundle_weights"] = {{"a", {{"offset", 10}, {"size_bytes", 5}, {"shape", {1, 9}}}},
+                                   {"b", {{"offset", 1}, {"size_bytes", 6}, {"shape", {1, 3}}}}};
+        write_engine("12 b half matrix a int4 codes");
+    }
+
+    Session session() const { return session(Bundle::open(directory_.path())); }
+    Session session(const Bundle& bundle) const {
         SessionOptions options;
         options.backend = GetParam().backend;
         options.library = options.plugin_library = GetParam().library;
-        return Session(Bundle::open(directory_.path()), options);
+        return Session(bundle, options);
     }
     Session on_cpu() const { return Session(Bundle::open(directory_.path()), std::make_unique<FakeEngine>()); }
 
@@ -168,6 +182,69 @@ TEST_P(Gpu, WhatIsRefusedIsOneLineAndNothingIsLost) {
     info_["version"] = "9.3.0";
     write_info();
     EXPECT_PRED2(has, refusal(ErrorKind::missing_library), "9.3.0, for which this libmegalodon_runtime was not built");
+}
+
+TEST_P(Gpu, WeightsOfTheBundleAreCopiedOnceAndBoundInEveryContext) {
+    const auto num_allocations = [&] {
+        const int before = control_->num_allocations;
+        Session shared = session(), alone = on_cpu();
+        Stream stream = shared.stream(), twin = alone.stream();
+        EXPECT_EQ(stream.prefill({1, 2, 3, 4, 5}), twin.prefill({1, 2, 3, 4, 5}));
+        for (int step = 0; step < 30; ++step)
+            EXPECT_EQ(stream.step(step % 11), twin.step(step % 11));
+        EXPECT_EQ(stream.prefill({1, 2, 3}), twin.prefill({1, 2, 3}));
+        return control_->num_allocations - before;
+    };
+    const int with_weights_inside = num_allocations();
+    write_engine_without_weights();
+    EXPECT_EQ(num_allocations(), with_weights_inside + 1);
+}
+
+TEST_P(Gpu, WeightsThatAreNotThoseOfTheEngineAreRefused) {
+    write_engine_without_weights();
+    const auto refused = [&](const char* name, const char* key, std::int64_t value) {
+        const Json before = info_;
+        info_["bundle_weights"][name][key] = value;
+        write_info();
+        const std::string message = refusal(ErrorKind::engine);
+        info_ = before;
+        return message;
+    };
+    EXPECT_PRED2(has, refused("a", "offset", 9), "a call of the model failed") << "the stand-in sees other bytes";
+    EXPECT_PRED2(has, refused("a", "size_bytes", 6), "weight a takes 5 bytes in the engine, engine.json says 6");
+    EXPECT_PRED2(has, refused("b", "size_bytes", 5), "weight b takes 6 bytes in the engine, engine.json says 5");
+    for (const std::int64_t offset : {12, 17, -1})
+        EXPECT_PRED2(has, refused("a", "offset", offset), "model.onnx.data ends before weight a; export the bundle");
+    write_info();
+    const Bundle bundle = Bundle::open(directory_.path());
+    write_text(directory_.path() / kWeightsFile, "_matrix___code");
+    const auto open = [&] { session(bundle); };
+    EXPECT_PRED2(has, message_of(open, ErrorKind::engine), "model.onnx.data ends before weight a");
+    std::filesystem::remove(directory_.path() / kWeightsFile);
+    EXPECT_PRED2(has, message_of(open, ErrorKind::io), "model.onnx.data: cannot be read");
+    EXPECT_PRED2(has, refusal(ErrorKind::bundle), "model.onnx.data is missing");
+    write_engine_without_weights();
+    info_["bundle_weights"].erase("a");
+    write_info();
+    EXPECT_PRED2(has, refusal(ErrorKind::bundle), "tensor a is not in both");
+}
+
+TEST_P(Gpu, StreamedWeightsGetWhatRoomThereIsBeforeTheFirstContext) {
+    session();
+    EXPECT_EQ(control_->streaming_budget, -1);
+    info_["weights"] = "streamed";
+    write_info();
+    session();
+    EXPECT_EQ(control_->streaming_budget, kStreamingBudget);
+}
+
+TEST_P(Gpu, OnlyAnEngineForLaterReleasesMayBringCodeOfItsOwn) {
+    session();
+    EXPECT_FALSE(control_->is_host_code_allowed);
+    info_["version_compatible"] = true;
+    write_info();
+    session();
+    EXPECT_TRUE(control_->is_host_code_allowed);
 }
 
 TEST_P(Gpu, MessagesOfTensorRTGoToTheLogger) {

@@ -1,12 +1,18 @@
-// parity_tool utf8 FILE            pieces of text that the bytes of FILE complete one by one, a line of hexadecimal
-// each parity_tool cast FILE DTYPE      the tensor "x" of FILE in another type, written to FILE parity_tool sample FILE
-// SEED TEMPERATURE TOP_K TOP_P MIN_P PENALTY WINDOW
-//                                  a token for every row of the tensor "logits" [n, V] of FILE, a line each
+// What the Python tests compare with Python:
+//
+// utf8 FILE               pieces of text that the bytes of FILE complete one by one, a line of hexadecimal digits each
+// cast FILE DTYPE         the tensor "x" of FILE in another type, written to FILE
+// sample FILE SEED TEMPERATURE TOP_K TOP_P MIN_P PENALTY WINDOW
+//                         a token for every row of the tensor "logits" [n, V] of FILE, a line each
+// engine FLAVOUR VERSION CAPABILITY BUNDLE...
+//                         the engine of each bundle that is loaded there, and name, offset and size of each weight that
+//                         it lacks; "none"
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <string>
 
+#include "backends/engine_info.hpp"
 #include "convert.hpp"
 #include "files.hpp"
 #include "megalodon/sampling.hpp"
@@ -58,6 +64,21 @@ void sample(char** arguments) {
     }
 }
 
+void choose(const detail::Place& place, const char* path) {
+    try {
+        const detail::EngineInfo info = detail::choose_engine(Bundle::open(path), place);
+        std::printf("%s", info.id.c_str());
+        for (const auto& [name, at] : info.bundle_weights) {
+            std::printf(" %s %llu %llu", name.c_str(), static_cast<unsigned long long>(at.offset),
+                        static_cast<unsigned long long>(at.size_bytes));
+        }
+        std::printf("\n");
+    } catch (const Error& error) {
+        if (error.kind() != ErrorKind::engine) throw;
+        std::printf("none\n");
+    }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -69,6 +90,9 @@ int main(int argc, char** argv) {
             cast(argv[2], argv[3]);
         } else if (verb == "sample" && argc == 10) {
             sample(argv + 2);
+        } else if (verb == "engine" && argc > 5) {
+            for (char** bundle = argv + 5; bundle < argv + argc; ++bundle)
+                choose({argv[2], argv[3], std::atoi(argv[4])}, *bundle);
         } else {
             std::fprintf(stderr, "see the head of parity_tool.cpp\n");
             return 2;

@@ -91,6 +91,7 @@ Json engine_json(const std::string& id) {
         {"version_compatible", false},
         {"weights", "engine"},
         {"plugins", {"TimestepNorm"}},
+        {"bundle_weights", Json::object()},
         {"max_batch", 4},
         {"profile", {{"tokens", {{"min", {1, 1}}, {"opt", {4, 1}}, {"max", {4, 12}}}}}},
         {"norm_update", "float64"},

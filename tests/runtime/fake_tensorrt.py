@@ -143,6 +143,13 @@ class FakeTensorRT(ModuleType):
             def get_tensor_name(self, index: int) -> str:
                 return nodes[index].name
 
+            def get_tensor_shape(self, name: str) -> list[int]:
+                return next(node.shape for node in nodes if node.name == name)
+
+            def get_tensor_dtype(self, name: str) -> Any:
+                (kind,) = {node.type for node in nodes if node.name == name}
+                return SimpleNamespace(itemsize={"tensor(float)": 4}[kind])
+
             def get_tensor_mode(self, name: str) -> str:
                 return "input" if name in inputs else "output"
 

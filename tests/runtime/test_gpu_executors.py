@@ -184,9 +184,16 @@ def test_weights_come_from_the_bundles_file(with_engine: Bundle, monkeypatch: py
         assert_close(on_gpu.step(token), on_cpu.step(token), 1e-5)
     held = sum(place.size_bytes for place in graph.bundle_weights.values())
     assert held > 0.9 * (with_engine.path / WEIGHTS_FILE).stat().st_size - 4096 * len(graph.bundle_weights)
-    beyond = {name: replace(place, offset=place.offset + (1 << 30)) for name, place in graph.bundle_weights.items()}
-    write_engine(with_engine, weights="bundle", bundle_weights=beyond)
-    with pytest.raises(EngineError, match=r"model\.onnx\.data ends before weight \S+; export the bundle again"):
+    name, place = next(iter(graph.bundle_weights.items()))
+    for offset in (place.offset + (1 << 30), -place.size_bytes - 1):
+        wrong = {**graph.bundle_weights, name: replace(place, offset=offset)}
+        write_engine(with_engine, weights="bundle", bundle_weights=wrong)
+        with pytest.raises(EngineError, match=rf"model\.onnx\.data ends before weight {name}; export the bundle again"):
+            machine.session()
+    wrong = {**graph.bundle_weights, name: replace(place, size_bytes=place.size_bytes - 1)}
+    write_engine(with_engine, weights="bundle", bundle_weights=wrong)
+    sizes = rf"{place.size_bytes} bytes in the engine, engine\.json says {place.size_bytes - 1}; build it again"
+    with pytest.raises(EngineError, match=rf"weight {name} takes {sizes}"):
         machine.session()
 
 

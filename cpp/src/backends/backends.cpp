@@ -40,8 +40,10 @@ void check_inputs(const Bundle& bundle, const std::vector<std::string>& names, c
     check_names(expected, names, where);
 }
 
-void check_tensors(const Bundle& bundle, const std::vector<std::string>& names, const std::string& where) {
-    std::set<std::string> expected = {kTokens, kPosition, kLogits};
+void check_tensors(const Bundle& bundle, const std::set<std::string>& weights, const std::vector<std::string>& names,
+                   const std::string& where) {
+    std::set<std::string> expected = weights;
+    expected.insert({kTokens, kPosition, kLogits});
     for (const StateSpec& spec : bundle.manifest().state)
         expected.insert({spec.past, spec.present});
     check_names(expected, names, where);

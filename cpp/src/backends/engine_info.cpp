@@ -1,6 +1,8 @@
 #include "engine_info.hpp"
 
 #include <algorithm>
+#include <array>
+#include <cstdio>
 #include <functional>
 #include <nlohmann/json.hpp>
 #include <tuple>
@@ -17,7 +19,6 @@ namespace fs = std::filesystem;
 using Json = nlohmann::json;
 
 constexpr int kAmpere = 80;
-constexpr char kRebuild[] = "; build it again with `megalodon-deploy build`";
 
 [[noreturn]] void fail(const std::string& message) {
     throw Error(ErrorKind::engine, message);
@@ -38,7 +39,13 @@ EngineInfo read(const fs::path& directory) {
         info.version = values.at("version").get<std::string>();
         info.capabilities = values.at("compute_capabilities").get<std::vector<int>>();
         info.is_for_later_gpus = values.at("hardware_compatible").get<bool>();
-        info.is_self_contained = values.at("weights") == "engine" && !values.at("version_compatible").get<bool>();
+        info.is_for_later_releases = values.at("version_compatible").get<bool>();
+        info.has_weights_inside = values.at("weights") == "engine";
+        info.has_streamed_weights = values.at("weights") == "streamed";
+        for (const auto& [name, place] : values.at("bundle_weights").items()) {
+            info.bundle_weights[name] = {place.at("offset").get<std::uint64_t>(),
+                                         place.at("size_bytes").get<std::uint64_t>()};
+        }
         info.max_batch = values.at("max_batch").get<std::int64_t>();
         info.max_tokens = values.at("profile").at(kTokens).at("max").at(1).get<std::int64_t>();
         info.has_wide_norms = values.at("norm_update") == "float64";
@@ -66,9 +73,17 @@ std::vector<EngineInfo> list_engines(const Bundle& bundle) {
     return engines;
 }
 
-// 1.7.1 and 1.7.1.116, but not 1.7.10
-bool is_version(const std::string& full, const std::string& start) {
-    return (full + ".").rfind(start + ".", 0) == 0;
+// Major, minor and patch of a version: more is not known of the installed one.
+std::array<int, 3> numbers(const std::string& version) {
+    std::array<int, 3> found{};
+    std::sscanf(version.c_str(), "%d.%d.%d", &found[0], &found[1], &found[2]);
+    return found;
+}
+
+// An engine needs the very version that built it, or one that is no older if it is version-compatible.
+bool runs_in(const EngineInfo& info, const std::string& version) {
+    const std::array<int, 3> built = numbers(info.version), here = numbers(version);
+    return built == here || (info.is_for_later_releases && built[0] == here[0] && built < here);
 }
 
 }  // namespace
@@ -94,17 +109,15 @@ EngineInfo choose_engine(const Bundle& bundle, const Place& place) {
                    (info.is_for_later_gpus && place.capability >= kAmpere);
         },
         "is not for this GPU's compute capability " + capability + "; build one on or for it");
-    keep([&](const EngineInfo& info) { return is_version(info.version, place.version); },
+    keep([&](const EngineInfo& info) { return runs_in(info, place.version); },
          "needs another version of TensorRT than " + place.version + ", which is installed; install it or build again");
-    keep([](const EngineInfo& info) { return info.is_self_contained; },
-         "is for the Python runtime alone; build one without --version-compatible and with --weights engine");
     keep([&](const EngineInfo& info) { return info.max_tokens == bundle.manifest().chunk_size; },
          "has the shapes of another release; build it again");
     const auto preference = [&](const EngineInfo& info) {
         const auto num_others = static_cast<std::int64_t>(info.capabilities.size());
         const bool is_as_exported = info.attention == bundle.manifest().attention;
-        return std::make_tuple(info.has_wide_norms, info.max_batch, is_as_exported, !info.is_for_later_gpus,
-                               -num_others, info.id);
+        return std::make_tuple(info.has_wide_norms, info.max_batch, is_as_exported, info.has_weights_inside,
+                               !info.is_for_later_gpus, -num_others, info.id);
     };
     return *std::max_element(left.begin(), left.end(), [&](const EngineInfo& one, const EngineInfo& other) {
         return preference(one) < preference(other);

@@ -62,6 +62,15 @@ trt::Dims dims_of(const Shape& shape) {
     return dims;
 }
 
+int bits(trt::DataType type) {
+    constexpr auto kFp4 = static_cast<trt::DataType>(10);  // its name came with TensorRT 10.8
+    using T = trt::DataType;
+    if (type == T::kINT64) return 64;
+    if (type == T::kFLOAT || type == T::kINT32) return 32;
+    if (type == T::kHALF || type == T::kBF16) return 16;
+    return type == T::kINT4 || type == kFp4 ? 4 : 8;
+}
+
 [[noreturn]] void fail(Messages& messages, const std::string& what) {
     throw Error(ErrorKind::engine, what + " (" + messages.take() + "); build it again with `megalodon-deploy build`");
 }
@@ -76,21 +85,21 @@ class Context : public TensorRTContext {
             if (!context_->setInputShape(input.name.c_str(), dims_of(input.shape))) {
                 fail(messages_, "engine: the shape of " + input.name + " is outside its profile");
             }
-            bind(input);
+            bind_address(input.name, input.data);
         }
         for (const TensorRef& output : outputs)
-            bind(output);
+            bind_address(output.name, output.data);
     }
+
+    void bind_weight(const std::string& name, void* data) override { bind_address(name, data); }
 
     void enqueue(CUstream_st* stream) override {
         if (!context_->enqueueV3(stream)) fail(messages_, "engine: TensorRT refused the call");
     }
 
  private:
-    void bind(const TensorRef& tensor) {
-        if (!context_->setTensorAddress(tensor.name.c_str(), tensor.data)) {
-            fail(messages_, "engine: " + tensor.name + " cannot be bound");
-        }
+    void bind_address(const std::string& name, void* data) {
+        if (!context_->setTensorAddress(name.c_str(), data)) fail(messages_, "engine: " + name + " cannot be bound");
     }
 
     std::unique_ptr<trt::IExecutionContext> context_;
@@ -109,8 +118,14 @@ class Execution : public TensorRT {
             runtime_->getPluginRegistry().loadLibrary(request.plugin_library.c_str()) == nullptr) {
             fail(messages_, request.plugin_library + ": TensorRT cannot load these plugins");
         }
+        if (request.is_for_later_releases) runtime_->setEngineHostCodeAllowed(true);
         engine_.reset(runtime_->deserializeCudaEngine(request.engine, request.engine_bytes));
         if (!engine_) fail(messages_, request.where + ": TensorRT cannot load it");
+        // Before the first context: what of the weights stays on the GPU, as far as there is room now.
+        if (request.has_streamed_weights &&
+            !engine_->setWeightStreamingBudgetV2(engine_->getWeightStreamingAutomaticBudget())) {
+            fail(messages_, request.where + ": TensorRT cannot stream its weights");
+        }
     }
 
     std::vector<std::string> tensor_names() const override {
@@ -119,6 +134,14 @@ class Execution : public TensorRT {
             names.emplace_back(engine_->getIOTensorName(index));
         }
         return names;
+    }
+
+    std::uint64_t tensor_bytes(const std::string& name) const override {
+        const trt::Dims dims = engine_->getTensorShape(name.c_str());
+        std::int64_t count = 1;
+        for (int32_t axis = 0; axis < dims.nbDims; ++axis)
+            count *= dims.d[axis];
+        return static_cast<std::uint64_t>((count * bits(engine_->getTensorDataType(name.c_str())) + 7) / 8);
     }
 
     std::size_t scratch_bytes() const override { return static_cast<std::size_t>(engine_->getDeviceMemorySizeV2()); }

@@ -1,7 +1,9 @@
 // Which engine, which library, which ABI: everything about TensorRT but the calls into it.
 #include <cstdlib>
+#include <set>
 
 #include "backends.hpp"
+#include "bundle_weights.hpp"
 #include "engine_info.hpp"
 #include "files.hpp"
 #include "formats.hpp"
@@ -49,8 +51,7 @@ void check_plugins(const EngineInfo& info, const Library& library, const Kernels
     if (!info.plugin_abi || *info.plugin_abi == kernels.abi_version()) return;
     throw Error(ErrorKind::engine, info.path.string() + " calls plugins of ABI version " +
                                        std::to_string(*info.plugin_abi) + ", " + library.path() + " has " +
-                                       std::to_string(kernels.abi_version()) +
-                                       "; build it again with `megalodon-deploy build`");
+                                       std::to_string(kernels.abi_version()) + kRebuild);
 }
 
 std::unique_ptr<TensorRT> open_abi(const std::string& flavour, const Version& version, const TensorRTRequest& request) {
@@ -119,10 +120,16 @@ class TensorRTEngine : public GpuEngine {
         check_plugins(info, plugins, *kernels_);
         const Gpu::Current current(gpu());
         const std::string plugin_path = info.plugin_abi ? plugins.path() : "";
-        execution_ = open_abi(backend_, version, {library_, plugin_path, file.data(), file.size(), info.path.string()});
-        check_tensors(bundle, execution_->tensor_names(), info.path.string());
+        execution_ = open_abi(backend_, version,
+                              {library_, plugin_path, file.data(), file.size(), info.is_for_later_releases,
+                               info.has_streamed_weights, info.path.string()});
+        std::set<std::string> weights;
+        for (const auto& [name, place] : info.bundle_weights)
+            weights.insert(name);
+        check_tensors(bundle, weights, execution_->tensor_names(), info.path.string());
+        weights_ = std::make_unique<BundleWeights>(gpu(), bundle.path() / kWeightsFile, info, *execution_);
         scratch_ = std::make_unique<GpuMemory>(gpu(), execution_->scratch_bytes());
-        context_ = execution_->open_context(scratch_->data(), false);
+        context_ = open_context(false);
     }
 
     ~TensorRTEngine() override {
@@ -148,8 +155,7 @@ class TensorRTEngine : public GpuEngine {
 
     std::unique_ptr<PreparedStep> prepare_step(StepPlan plan) override {
         const Gpu::Current current(gpu());
-        auto context = execution_->open_context(scratch_->data(), true);
-        return std::make_unique<TensorRTStep>(gpu(), *kernels_, std::move(context), std::move(plan));
+        return std::make_unique<TensorRTStep>(gpu(), *kernels_, open_context(true), std::move(plan));
     }
 
     std::vector<std::int64_t> choose(const void* logits, std::int64_t vocab_size,
@@ -159,10 +165,17 @@ class TensorRTEngine : public GpuEngine {
     }
 
  private:
+    std::unique_ptr<TensorRTContext> open_context(bool has_fixed_shapes) {
+        auto context = execution_->open_context(scratch_->data(), has_fixed_shapes);
+        weights_->bind_to(*context);
+        return context;
+    }
+
     std::string backend_;
     Library library_;
     std::int64_t max_batch_ = 1;
     std::unique_ptr<Kernels> kernels_;
+    std::unique_ptr<BundleWeights> weights_;
     std::unique_ptr<GpuMemory> scratch_;
     std::unique_ptr<TensorRT> execution_;
     std::unique_ptr<TensorRTContext> context_;  // of pieces of a prompt

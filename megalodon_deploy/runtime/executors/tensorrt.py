@@ -5,6 +5,7 @@ Only the calls into TensorRT are here; what is bound and when is decided in `meg
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megalodon_deploy.bundle import WEIGHTS_FILE
-from megalodon_deploy.engine.info import EngineInfo, check_engine, list_engines
+from megalodon_deploy.engine.info import REBUILD, EngineInfo, check_engine, list_engines
 from megalodon_deploy.engine.library import check_abi, find_plugin_library
 from megalodon_deploy.engine.targets import FLAVOURS, Flavour
 from megalodon_deploy.errors import EngineError, MissingDependencyError
@@ -52,14 +53,19 @@ class TensorRTExecutor:
         self.kernels = Kernels(library)
         with gpu.current():
             engine = _Engine(trt, path, self.info, library, gpu)
+            self._check_names(engine.names)
             engine.place_weights(bundle.path / WEIGHTS_FILE)
-        names = {TOKENS, POSITION, LOGITS} | {name for s in state_specs(self.config) for name in (s.past, s.present)}
-        if unlike := sorted((names | set(self.info.bundle_weights)) ^ engine.names):
-            raise EngineError(f"{path}: tensor {unlike[0]} does not follow from the bundle's config; build it again")
         self.engine: Engine = engine
 
     def open_slots(self, num_slots: int) -> CudaMemory:
         return CudaMemory(self, num_slots)
+
+    def _check_names(self, found: set[str]) -> None:
+        names = {TOKENS, POSITION, LOGITS} | {name for s in state_specs(self.config) for name in (s.past, s.present)}
+        if unlike := sorted((names | set(self.info.bundle_weights)) ^ found):
+            raise EngineError(
+                f"{self.engine_path}: tensor {unlike[0]} does not follow from the bundle's config; {REBUILD}"
+            )
 
 
 class _Engine:
@@ -67,7 +73,7 @@ class _Engine:
 
     def __init__(self, trt: Any, path: Path, info: EngineInfo, library: Path, gpu: Gpu) -> None:
         self.max_slots = info.max_batch
-        self._trt, self._gpu = trt, gpu
+        self._trt, self._path, self._gpu = trt, path, gpu
         self._errors = TensorRTErrors(trt)
         if info.plugins:
             load_plugins(trt, library, info)
@@ -93,14 +99,25 @@ class _Engine:
         """Copy the weights that the engine lacks from the bundle's file to the GPU, for all contexts."""
         if not self._places:
             return
+        self._check_sizes()
         self._weights = self._arena.device({name: place.size_bytes for name, place in self._places.items()})
         content = np.memmap(file, np.uint8, "r")
         for name, place in self._places.items():
             piece = content[place.offset : place.offset + place.size_bytes]
-            if piece.nbytes != place.size_bytes:
+            if place.offset < 0 or piece.nbytes != place.size_bytes:
                 raise EngineError(f"{file} ends before weight {name}; export the bundle again")
             self._gpu.copy(self._weights[name], piece.ctypes.data, piece.nbytes)
         self._gpu.synchronize()  # the file stays mapped until it was read
+
+    def _check_sizes(self) -> None:
+        for name, place in self._places.items():
+            count = math.prod(self._engine.get_tensor_shape(name))
+            wanted = math.ceil(count * self._engine.get_tensor_dtype(name).itemsize)
+            if wanted != place.size_bytes:
+                raise EngineError(
+                    f"{self._path}: weight {name} takes {wanted} bytes in the engine, engine.json says "
+                    f"{place.size_bytes}; {REBUILD}"
+                )
 
     def open_context(self, *, fixed_shapes: bool) -> _Context:
         context = self._engine.create_execution_context(self._context_settings(fixed_shapes))

@@ -172,6 +172,7 @@ class Bundle:
         self.path = path
         self.manifest = manifest
         self.config = manifest.config
+        self.is_verified = False  # whether every hash was compared
 
     @property
     def model_path(self) -> Path:
@@ -186,6 +187,7 @@ class Bundle:
                     f"{self.path / relative}: sha256 is {found[:12]}..., manifest says {entry.sha256[:12]}...; "
                     "the file is damaged: export or copy it again"
                 )
+        self.is_verified = True
 
     def engine_dirs(self) -> list[Path]:
         """Directories of finished engines, sorted by name; one that is being written begins with a dot."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 
+from megalodon_deploy.console import format_bytes
 from megalodon_deploy.cpus import usable_cpus
 from megalodon_deploy.errors import UserError
 
@@ -48,6 +49,7 @@ def diagnose() -> list[Finding]:
         Finding("nvcc", _nvcc(), "compiling the plugin library", _extra("cuda-compiler")),
         Finding("TensorRT headers", _tensorrt_headers(), "compiling the plugin library", "set TENSORRT_ROOT"),
         Finding("plugin library", _plugin_library(), "build with our plugins", f"{_TOOLCHAIN} build-plugins"),
+        Finding("packed weights", _packed_weights(), "onnxruntime with share_weights", "set its limit to a number"),
         Finding("CPU operators", _cpu_operators(), "faster onnxruntime sessions", f"{_TOOLCHAIN} build-cpu"),
     ]
 
@@ -137,6 +139,16 @@ def _plugin_library() -> str | None:
     from megalodon_deploy.engine.library import find_plugin_library
 
     return _or_missing(find_plugin_library)
+
+
+def _packed_weights() -> str | None:
+    """How much of the cache they take."""
+    from megalodon_deploy.runtime.executors.packed_cache import limit_bytes, list_entries, packed_root
+
+    limit = _or_missing(lambda: format_bytes(limit_bytes()))
+    entries = list_entries()
+    total = format_bytes(sum(entry.size_bytes for entry in entries))
+    return limit and f"{len(entries)} bundles, {total} of at most {limit}, in {packed_root()}"
 
 
 def _cpu_operators() -> str | None:

@@ -46,7 +46,7 @@ def open_session(
     compiled where the library was built and MEGALODON_KERNELS is not "reference" (None).
     `share_weights` is for onnxruntime on the CPU: matrices are mapped from a file in the user's cache, as they are
     multiplied, so that all processes share them and opening takes less time. The first opening writes the file, which
-    takes up to twice the disk of the bundle's weights.
+    takes up to twice the disk of the bundle's weights; a bundle opened with `verify_hashes` compares its hash, too.
     `stream`: a CUDA stream of PyCUDA, CuPy, PyTorch or cuda.core, or its handle, on which TensorRT and ONNX Runtime on
     CUDA then work; its context is the current one, and its owner keeps it alive.
     Raises `UserError` for an unknown value, `EngineError` for a backend that cannot run this bundle on this machine,

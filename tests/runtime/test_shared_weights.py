@@ -14,10 +14,11 @@ import pytest
 from export_helpers import export_seeded
 from helpers import small_config
 
-from megalodon_deploy.bundle import MODEL_FILE, WEIGHTS_FILE
+from megalodon_deploy.bundle import MODEL_FILE, WEIGHTS_FILE, open_bundle
 from megalodon_deploy.errors import BundleError, EngineError, UserError
 from megalodon_deploy.runtime.executors import packed_weights
 from megalodon_deploy.runtime.executors.onnxruntime import OnnxRuntimeExecutor
+from megalodon_deploy.runtime.executors.packed_cache import RECORD_FILE
 
 SCRIPT = """
 import sys
@@ -26,6 +27,7 @@ def dirty():
     lines = open("/proc/self/smaps_rollup").read().splitlines()
     return int(next(line for line in lines if line.startswith("Private_Dirty")).split()[1]) * 1024
 import onnxruntime
+import megalodon_deploy.runtime.executors.onnxruntime
 bundle, before = open_bundle(sys.argv[1]), dirty()
 session = bundle.session(threads=1, share_weights=sys.argv[2] == "True")
 session.stream().prefill([1])
@@ -116,11 +118,29 @@ def test_no_room_for_the_file(tmp_path: Path, cache: Path, monkeypatch: pytest.M
         bundle.session(share_weights=True)
 
 
-def test_a_damaged_file_is_named(tmp_path: Path, cache: Path) -> None:
+def test_damage_is_found_by_size_or_when_hashes_are_asked_for(tmp_path: Path, cache: Path) -> None:
+    bundle = export_seeded(tmp_path, small_config(**LARGE))
+    own = bundle.session(threads=1).stream().prefill([1, 2, 3])
+    bundle.session(share_weights=True)
+    (folder,) = cache.iterdir()
+    content = (folder / WEIGHTS_FILE).read_bytes()
+    for file, damaged in {WEIGHTS_FILE: content[:-1], RECORD_FILE: b"no record", MODEL_FILE: b""}.items():
+        (folder / file).write_bytes(damaged)
+        np.testing.assert_array_equal(bundle.session(threads=1, share_weights=True).stream().prefill([1, 2, 3]), own)
+    zeros = np.zeros(len(content) - (1 << 16), np.uint8).tobytes()
+    (folder / WEIGHTS_FILE).write_bytes(content[: 1 << 15] + zeros + content[-(1 << 15) :])
+    unseen = bundle.session(threads=1, share_weights=True).stream().prefill([1, 2, 3])
+    assert not np.array_equal(unseen, own)
+    verified = open_bundle(bundle.path, verify_hashes=True)
+    np.testing.assert_array_equal(verified.session(threads=1, share_weights=True).stream().prefill([1, 2, 3]), own)
+    assert (folder / WEIGHTS_FILE).read_bytes() == content
+
+
+def test_a_file_that_onnxruntime_refuses_is_named(tmp_path: Path, cache: Path) -> None:
     bundle = export_seeded(tmp_path, small_config(**LARGE))
     bundle.session(share_weights=True)
     (folder,) = cache.iterdir()
-    (folder / MODEL_FILE).write_bytes(b"no model")
+    (folder / MODEL_FILE).write_bytes(bytes((folder / MODEL_FILE).stat().st_size))
     with pytest.raises(BundleError, match=rf"{folder / MODEL_FILE}: ONNX Runtime cannot load it .*; remove it"):
         bundle.session(share_weights=True)
 

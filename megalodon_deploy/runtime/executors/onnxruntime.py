@@ -23,13 +23,8 @@ from megalodon_deploy.files import atomic_directory
 from megalodon_deploy.runtime.executors.base import HostLogits
 from megalodon_deploy.runtime.executors.host_memory import KeyValueMemory
 from megalodon_deploy.runtime.executors.huge_pages import huge_pages
-from megalodon_deploy.runtime.executors.packed_weights import (
-    check_room,
-    check_sizes,
-    has_packed_weights,
-    packed_folder,
-    packing_entries,
-)
+from megalodon_deploy.runtime.executors.packed_cache import changing_entries, make_room, use_entry, write_record
+from megalodon_deploy.runtime.executors.packed_weights import check_sizes, packed_folder, packing_entries
 from megalodon_deploy.state import LOGITS, POSITION, TOKENS, StateSpec, concrete_shape, state_specs
 
 if TYPE_CHECKING:
@@ -101,20 +96,29 @@ class OnnxRuntimeExecutor:
 
     def _open_packed(self, bundle: Bundle) -> Any:
         """A session whose weights are mapped as they are multiplied, from a file that is written when there is none."""
-        version = import_onnxruntime().__version__
-        folder = packed_folder(bundle, version, self.operators)
-        if not has_packed_weights(folder):
+        folder = packed_folder(bundle, import_onnxruntime().__version__, self.operators)
+        entry = use_entry(folder, verify_hashes=bundle.is_verified)
+        if entry is None:
             check_sizes(bundle)
-            check_room(bundle, folder)
-            with atomic_directory(folder, overwrite=True) as directory:  # of two that write, the second stays
-                own = self._first_logits(self._open(bundle, bundle.model_path, pack_into=directory))
-                mapped = self._first_logits(self._open(bundle, directory / MODEL_FILE))
-                if not np.array_equal(own, mapped):
-                    raise EngineError(
-                        f"{bundle.path}: ONNX Runtime {version} computes something else from packed weights; "
-                        "leave out share_weights"
-                    )
+            with changing_entries():
+                entry = use_entry(folder, verify_hashes=bundle.is_verified)  # another process may have written it now
+                if entry is None:
+                    make_room(bundle)
+                    self._pack(bundle, folder)
+                    entry = use_entry(folder, verify_hashes=False)
+        self._entry = entry  # kept open: so nobody removes it
         return self._open(bundle, folder / MODEL_FILE)
+
+    def _pack(self, bundle: Bundle, folder: Path) -> None:
+        with atomic_directory(folder, overwrite=True) as directory:
+            own = self._first_logits(self._open(bundle, bundle.model_path, pack_into=directory))
+            mapped = self._first_logits(self._open(bundle, directory / MODEL_FILE))
+            if not np.array_equal(own, mapped):
+                raise EngineError(
+                    f"{bundle.path}: ONNX Runtime {import_onnxruntime().__version__} computes something else from "
+                    "packed weights; leave out share_weights"
+                )
+            write_record(directory, bundle)
 
     def _first_logits(self, session: Any) -> np.ndarray:
         """Of some tokens, which go through the kernels for one token and through those for several, [2, V]."""

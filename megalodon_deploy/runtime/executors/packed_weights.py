@@ -9,21 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megalodon_deploy.bundle import MODEL_FILE, WEIGHTS_FILE
+from megalodon_deploy.bundle import WEIGHTS_FILE
 from megalodon_deploy.console import format_bytes
-from megalodon_deploy.engine.library import cache_dir
 from megalodon_deploy.errors import EngineError
 from megalodon_deploy.files import sha256_file
+from megalodon_deploy.runtime.executors.packed_cache import packed_root
 
 if TYPE_CHECKING:
     from megalodon_deploy.bundle import Bundle
 
 _CPUINFO = Path("/proc/cpuinfo")
-_COPIES = 2  # the file holds matrices as they were, too
 _INLINE_BYTES = 1024
 # ONNX Runtime 1.31 aligns only larger tensors in the file, and misreads packed matrices that are not aligned, or dies.
 _ALIGNED_BYTES = 1 << 20
@@ -42,7 +40,7 @@ def packed_folder(bundle: Bundle, version: str, operators: Path | None) -> Path:
         "processor": _processor(),
     }
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-    return cache_dir() / "onnxruntime" / key
+    return packed_root() / key
 
 
 def packing_entries() -> dict[str, str]:
@@ -52,10 +50,6 @@ def packing_entries() -> dict[str, str]:
         "session.optimized_model_external_initializers_min_size_in_bytes": str(_INLINE_BYTES),
         "session.save_external_prepacked_constant_initializers": "1",
     }
-
-
-def has_packed_weights(folder: Path) -> bool:
-    return (folder / MODEL_FILE).is_file()
 
 
 def check_sizes(bundle: Bundle) -> None:
@@ -79,21 +73,6 @@ def _matrix_bytes(bundle: Bundle) -> list[int]:
     return [int(count * _WEIGHT_BYTES[kind]) for count in layers] + [
         int(dim * config.vocab_size * _WEIGHT_BYTES[output])
     ]
-
-
-def check_room(bundle: Bundle, folder: Path) -> None:
-    """Raises `EngineError` where packed weights cannot be written, or not all of them."""
-    needed = _COPIES * bundle.manifest.files[WEIGHTS_FILE].size_bytes
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder.parent).free
-    except OSError as error:
-        raise EngineError(f"{folder.parent}: cannot write there ({error.strerror}); set XDG_CACHE_HOME") from error
-    if free < needed:
-        raise EngineError(
-            f"{folder.parent}: shared weights take {format_bytes(needed)} of disk, {format_bytes(free)} are free; "
-            "make room, set XDG_CACHE_HOME, or leave out share_weights"
-        )
 
 
 def _processor(cpuinfo: Path = _CPUINFO) -> list[str]:

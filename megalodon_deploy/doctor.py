@@ -146,9 +146,8 @@ def _packed_weights() -> str | None:
     from megalodon_deploy.runtime.executors.packed_cache import limit_bytes, list_entries, packed_root
 
     limit = _or_missing(lambda: format_bytes(limit_bytes()))
-    entries = list_entries()
-    total = format_bytes(sum(entry.size_bytes for entry in entries))
-    return limit and f"{len(entries)} bundles, {total} of at most {limit}, in {packed_root()}"
+    total = format_bytes(sum(entry.size_bytes for entry in list_entries()))
+    return limit and f"{total} of at most {limit}, in {packed_root()}"
 
 
 def _cpu_operators() -> str | None:

@@ -149,9 +149,9 @@ def test_doctor_says_what_they_take(cache: Path, monkeypatch: pytest.MonkeyPatch
     def found() -> str | None:
         return next(finding.found for finding in diagnose() if finding.part == "packed weights")
 
-    assert found() == f"0 bundles, 0 B of at most 64.00 GiB, in {cache}"
+    assert found() == f"0 B of at most 64.00 GiB, in {cache}"
     add(cache, "a", 1)
     monkeypatch.setenv(LIMIT_VARIABLE, "0.5")
-    assert found() == f"1 bundles, 976.56 KiB of at most 512.00 MiB, in {cache}"
+    assert found() == f"976.56 KiB of at most 512.00 MiB, in {cache}"
     monkeypatch.setenv(LIMIT_VARIABLE, "much")
     assert found() is None

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
 
+from megalodon_deploy.export.arrays import on_all_processors
 from megalodon_deploy.quantization import WHOLE_COLUMN, WeightFormat, WeightKind
 
 _INTEGERS: dict[WeightKind, tuple[int, int]] = {"int8": (-128, 127), "int4": (-8, 7)}
@@ -21,7 +21,13 @@ _LARGEST_FP8 = 448.0
 # e2m1 codes 0..7 and the middles between them; a tie goes to the even code, which only the first, third, ... are
 _FP4_VALUES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 _FP4_MIDDLES = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
-_SLICE_SCALARS = 1 << 24  # of a matrix at a time: temporaries stay small
+_CODES: dict[WeightKind, torch.dtype] = {
+    "int8": torch.int8,
+    "int4": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+    "nvfp4": torch.uint8,
+}
+_SLICE_SCALARS = 1 << 18  # of a matrix at a time: its temporaries stay in the caches
 
 
 @dataclass(frozen=True)
@@ -50,32 +56,36 @@ class QuantizedMatrix:
 
 
 def quantize_nearest(matrix_KN: Tensor, form: WeightFormat, dtype: torch.dtype) -> QuantizedMatrix:
-    """Every weight to the nearest code; `matrix_KN` float32, scales of type `dtype`."""
+    """Every weight to the nearest code; `matrix_KN` of any floating-point type, scales of type `dtype`."""
     if form.by_rows:
         columns = quantize_nearest(matrix_KN.t(), WeightFormat(form.kind, WHOLE_COLUMN), dtype)
         return QuantizedMatrix(form, columns.codes.t().contiguous(), columns.scales)
+    num_in, num_out = matrix_KN.shape
     stored = choose_scales(matrix_KN, form, dtype)
-    rows = max(1, _SLICE_SCALARS // matrix_KN.shape[1] // max(form.block_size, 1)) * max(form.block_size, 1)
-    full = stored.full_scales()
-    parts = []
-    for start in range(0, matrix_KN.shape[0], rows):
-        part = matrix_KN[start : start + rows]
-        first = start // form.block_size if form.block_size else 0
-        scales = full[first : first + form.blocks(part.shape[0])]
-        parts.append(encoded(part / _expanded(scales, part.shape[0]), form.kind))
-    codes = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return QuantizedMatrix(form, codes, stored.scales, stored.scale)
+    full_GN = stored.full_scales()
+    codes_KN = torch.empty(num_in, num_out, dtype=_CODES[form.kind])
+    block = form.block_size or 1
+    rows = max(1, _SLICE_SCALARS // num_out // block) * block
+
+    def encode(start: int) -> None:
+        part = matrix_KN[start : start + rows].float().reshape(-1, block, num_out)
+        scales = full_GN[start // block : start // block + len(part), None] if form.block_size else full_GN
+        codes_KN[start : start + rows] = encoded(part / scales, form.kind).reshape(-1, num_out)
+
+    on_all_processors(encode, range(0, num_in, rows))
+    return QuantizedMatrix(form, codes_KN, stored.scales, stored.scale)
 
 
 def choose_scales(matrix_KN: Tensor, form: WeightFormat, dtype: torch.dtype) -> QuantizedMatrix:
     """The scales of a matrix, without codes: so that the largest weight of a block has the largest code."""
     num_in, num_out = matrix_KN.shape
     blocks = matrix_KN.reshape(form.blocks(num_in), -1, num_out)
+    greatest, smallest = blocks.amax(1).float(), blocks.amin(1).float()
     if form.kind in _INTEGERS:
         least, most = _INTEGERS[form.kind]
-        wanted = torch.maximum(blocks.amax(1) / most, blocks.amin(1) / least)
+        wanted = torch.maximum(greatest / most, smallest / least)
     else:
-        wanted = torch.maximum(blocks.amax(1), -blocks.amin(1)) / _LARGEST[form.kind]
+        wanted = torch.maximum(greatest, -smallest) / _LARGEST[form.kind]
     none = torch.empty(0)
     if form.kind == "nvfp4":
         scale = (wanted.max() / _LARGEST_FP8).clamp_min(torch.finfo(dtype).tiny).to(dtype)
@@ -108,8 +118,16 @@ def pack_nibbles(codes: Tensor) -> np.ndarray:
     flat = codes.reshape(-1).view(torch.uint8)
     if flat.numel() % 2:
         flat = torch.cat([flat, flat.new_zeros(1)])
-    packed: np.ndarray = ((flat[0::2] & 0xF) | (flat[1::2] << 4)).numpy()
-    return packed
+    pairs = flat.view(torch.int16)  # the first code in the low byte
+    packed = torch.empty(len(pairs), dtype=torch.uint8)
+
+    def pack(start: int) -> None:
+        part = pairs[start : start + _SLICE_SCALARS]
+        packed[start : start + _SLICE_SCALARS] = (part & 0xF).bitwise_or_((part >> 4).bitwise_and_(0xF0))
+
+    on_all_processors(pack, range(0, len(pairs), _SLICE_SCALARS))
+    array: np.ndarray = packed.numpy()
+    return array
 
 
 def unpack_nibbles(packed: np.ndarray, shape: tuple[int, ...], kind: WeightKind) -> Tensor:
@@ -118,13 +136,6 @@ def unpack_nibbles(packed: np.ndarray, shape: tuple[int, ...], kind: WeightKind)
     if kind == "nvfp4":
         return torch.from_numpy(halves)
     return torch.from_numpy((halves ^ 8).astype(np.int8) - 8)
-
-
-def numpy_codes(codes: Tensor, kind: WeightKind) -> np.ndarray:
-    """Codes of 8 bits as NumPy has them."""
-    if kind == "int8":
-        return codes.numpy()
-    return codes.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
 
 
 def _expanded(scales_GN: Tensor, num_rows: int) -> Tensor:

@@ -17,13 +17,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
 
+from megalodon_deploy.export.arrays import as_numpy, as_torch
 from megalodon_deploy.export.builder import GraphBuilder
-from megalodon_deploy.export.codes import QuantizedMatrix, numpy_codes, pack_nibbles, unpack_nibbles
+from megalodon_deploy.export.codes import QuantizedMatrix, pack_nibbles, unpack_nibbles
 from megalodon_deploy.quantization import WeightFormat
 
 CODE_TYPES = {
@@ -65,10 +65,10 @@ def part_tensor(matrix: QuantizedMatrix, part: Part) -> ir.TensorProtocol:
     if part.name.endswith(".codes"):
         if matrix.form.kind in _FOUR_BITS:
             return ir.PackedTensor(pack_nibbles(matrix.codes), part.dtype, shape=ir.Shape(part.shape), name=part.name)
-        return ir.Tensor(numpy_codes(matrix.codes, matrix.form.kind), part.dtype, name=part.name)
+        return ir.Tensor(as_numpy(matrix.codes), part.dtype, name=part.name)
     values = matrix.scale if part.name.endswith(".scale") else matrix.scales
     assert values is not None, f"Bug: {part.name} has no value"
-    return ir.Tensor(_to_numpy(values), part.dtype, name=part.name)
+    return ir.Tensor(as_numpy(values), part.dtype, name=part.name)
 
 
 def read_matrix(tensors: Mapping[str, ir.TensorProtocol], parts: list[Part], form: WeightFormat) -> QuantizedMatrix:
@@ -77,8 +77,8 @@ def read_matrix(tensors: Mapping[str, ir.TensorProtocol], parts: list[Part], for
     if form.kind in _FOUR_BITS:
         read = unpack_nibbles(np.frombuffer(codes.tobytes(), np.uint8), parts[0].shape, form.kind)
     else:
-        read = _to_torch(codes)
-    return QuantizedMatrix(form, read, _to_torch(scales), _to_torch(scale[0]) if scale else None)
+        read = _read(codes)
+    return QuantizedMatrix(form, read, _read(scales), _read(scale[0]) if scale else None)
 
 
 def emit_matrix(builder: GraphBuilder, parts: list[ir.Value], form: WeightFormat, name: str) -> ir.Value:
@@ -105,19 +105,5 @@ def emit_rows(builder: GraphBuilder, parts: list[ir.Value], tokens_BT: ir.Value,
     return builder.op("Mul", wide, column, name=name)
 
 
-def _to_numpy(values: torch.Tensor) -> np.ndarray:
-    if values.dtype == torch.float8_e4m3fn:
-        return values.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
-    if values.dtype == torch.bfloat16:
-        return values.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    array: np.ndarray = values.numpy()
-    return array
-
-
-def _to_torch(tensor: ir.TensorProtocol) -> torch.Tensor:
-    array = np.array(tensor.numpy())  # a copy: a tensor of the file may not be written to
-    if array.dtype == ml_dtypes.float8_e4m3fn:
-        return torch.from_numpy(array.view(np.uint8)).view(torch.float8_e4m3fn)
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+def _read(tensor: ir.TensorProtocol) -> torch.Tensor:
+    return as_torch(np.array(tensor.numpy()))  # a copy: a tensor of the file may not be written to

@@ -8,14 +8,14 @@ multiply the same input stand side by side, transposed to [in, out].
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.errors import UserError
+from megalodon_deploy.export.arrays import transpose_into
 from megalodon_deploy.export.coefficients import fold_cema, unfold_cema
 from megalodon_deploy.quantization import BLOCK_SIZES, Quantization, WeightFormat
 
@@ -33,12 +33,16 @@ class InitializerSpec:
 
 @dataclass(frozen=True)
 class Fold:
-    """Some initializers and the released tensors they come from; `unfold` is the inverse, up to rounding."""
+    """Some initializers and the released tensors they come from; `unfold` is the inverse, up to rounding.
+
+    `fold` takes float32, and where it `only_moves` values, any type, in which it also returns them.
+    """
 
     targets: tuple[InitializerSpec, ...]
     sources: tuple[str, ...]
     fold: Callable[..., Arrays]
     unfold: Callable[..., Arrays]
+    only_moves: bool = False
 
 
 def folds(config: MegalodonConfig) -> Iterator[Fold]:
@@ -91,7 +95,7 @@ def _same(name: str, shape: tuple[int, ...], *, is_activation: bool = True) -> F
     def copy(value: np.ndarray) -> Arrays:
         return (value.reshape(shape),)
 
-    return Fold((InitializerSpec(name, shape, is_activation),), (name,), copy, copy)
+    return Fold((InitializerSpec(name, shape, is_activation),), (name,), copy, copy, only_moves=True)
 
 
 def _norm_folds(prefix: str, dim: int, *, bias: bool) -> Iterator[Fold]:
@@ -116,16 +120,16 @@ def _matrices(name: str, sources: Sequence[str], widths: Sequence[int], in_dim: 
     edges = np.cumsum(widths)[:-1]
 
     def join(*weights: np.ndarray) -> Arrays:
-        matrix = torch.empty(in_dim, sum(widths))  # PyTorch transposes several times faster than NumPy
-        for part, weight in zip(torch.split(matrix, list(widths), dim=1), weights, strict=True):
-            part.copy_(torch.from_numpy(weight).t())
-        return (matrix.numpy(),)
+        matrix = np.empty((in_dim, sum(widths)), weights[0].dtype)
+        for part, weight in zip(np.split(matrix, edges, axis=1), weights, strict=True):
+            transpose_into(part, weight)
+        return (matrix,)
 
     def part(matrix: np.ndarray) -> Arrays:
         return tuple(np.ascontiguousarray(weight.T) for weight in np.split(matrix, edges, axis=1))
 
     target = InitializerSpec(f"{name}.weight", (in_dim, sum(widths)), True)
-    return Fold((target,), tuple(f"{source}.weight" for source in sources), join, part)
+    return Fold((target,), tuple(f"{source}.weight" for source in sources), join, part, only_moves=True)
 
 
 def _biases(name: str, sources: Sequence[str], widths: Sequence[int]) -> Fold:
@@ -138,7 +142,7 @@ def _biases(name: str, sources: Sequence[str], widths: Sequence[int]) -> Fold:
         return tuple(np.split(bias, edges))
 
     target = InitializerSpec(f"{name}.bias", (sum(widths),), True)
-    return Fold((target,), tuple(f"{source}.bias" for source in sources), join, part)
+    return Fold((target,), tuple(f"{source}.bias" for source in sources), join, part, only_moves=True)
 
 
 def _query_key_scale(config: MegalodonConfig, prefix: str) -> Fold:
@@ -204,12 +208,3 @@ def check_quantization(config: MegalodonConfig, quantization: Quantization) -> N
                 f"{spec.name}: {spec.shape[0]} inputs are not a multiple of the block size {form.block_size}; "
                 f"{form.kind} block sizes that fit: {', '.join(map(str, fitting)) or 'none'}"
             )
-
-
-def fold_all(config: MegalodonConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """All initializers of a small model at once, in float32."""
-    result: dict[str, np.ndarray] = {}
-    for fold in folds(config):
-        values = fold.fold(*(tensors[name] for name in fold.sources))
-        result |= {spec.name: value for spec, value in zip(fold.targets, values, strict=True)}
-    return result

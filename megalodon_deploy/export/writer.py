@@ -35,7 +35,8 @@ from megalodon_deploy.export.calibration import Calibration
 from megalodon_deploy.export.graph import build_model
 from megalodon_deploy.export.operators.schema import register_schemas
 from megalodon_deploy.export.quality import TORCH_TYPES, measure_quality, read_gate_text
-from megalodon_deploy.export.stream import INLINE_BYTES, WeightStream
+from megalodon_deploy.export.stream import WeightStream
+from megalodon_deploy.export.weight_file import write_weights
 from megalodon_deploy.export.weights import check_quantization, matrix_inputs
 from megalodon_deploy.files import atomic_directory
 from megalodon_deploy.model.checkpoint import Checkpoint, TokenizerSource, read_checkpoint
@@ -44,9 +45,8 @@ from megalodon_deploy.tokenizers import read_tokenizer
 
 Progress = Callable[[str, float], None]
 
-_WEIGHTS_SHARE = 0.8  # of the time; the rest is hashing
+_WEIGHTS_SHARE = 0.8  # of the time; the rest is what is left to hash of the checkpoint
 _HASHED_SHARE = 0.9
-_PAGE_BYTES = 4096  # weights begin on pages: executors map the file
 _TOOLS = ("numpy", "onnx", "onnx-ir", "torch")
 
 
@@ -80,13 +80,19 @@ def write_bundle(ckpt: Path, out: Path, options: ExportOptions, progress: Progre
     text = read_gate_text(options.gate, tokenizer, config.vocab_size) if options.gate else None
     calibrated = _calibration(checkpoint, tokenizer, options, quantization)
     try:
-        with atomic_directory(out, overwrite=options.overwrite) as directory:
-            _write_model(WeightStream(checkpoint, calibrated), config, directory, options, quantization, progress)
+        with (
+            atomic_directory(out, overwrite=options.overwrite) as directory,
+            checkpoint.fingerprinting() as fingerprint,
+        ):
+            stream = WeightStream(checkpoint, calibrated)
+            files = _write_model(stream, config, directory, options, quantization, progress)
             info = _copy_tokenizer(tokenizer, directory)
+            if info.file is not None:
+                files[info.file] = FileEntry.of(directory / info.file)
             progress("hashing", _WEIGHTS_SHARE)
-            source = {"layout": checkpoint.layout, "fingerprint": checkpoint.fingerprint}
+            source = {"layout": checkpoint.layout, "fingerprint": fingerprint.result()}
             name = options.name or out.resolve().name
-            manifest = _manifest(config, source, directory, info, options, quantization, name)
+            manifest = _manifest(config, source, files, info, options, quantization, name)
             if text is not None:
                 progress("measuring quality", _HASHED_SHARE)
                 manifest = replace(manifest, quality=measure_quality(Bundle(directory, manifest), checkpoint, text))
@@ -159,7 +165,8 @@ def _write_model(
     options: ExportOptions,
     quantization: Quantization | None,
     progress: Progress,
-) -> None:
+) -> dict[str, FileEntry]:
+    """Returns the entries of the files that it writes."""
     model = build_model(
         config,
         stream,
@@ -168,20 +175,14 @@ def _write_model(
         quantization=quantization,
     )
 
-    def show(tensor: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
-        progress(f"writing {tensor.name}", _WEIGHTS_SHARE * info.index / info.total)
+    def show(name: str, fraction: float) -> None:
+        progress(f"writing {name}", _WEIGHTS_SHARE * fraction)
 
+    weights = write_weights(model.graph, directory / WEIGHTS_FILE, show)
     path = directory / MODEL_FILE
-    ir.save(
-        model,
-        path,
-        external_data=WEIGHTS_FILE,
-        size_threshold_bytes=INLINE_BYTES,
-        callback=show,
-        alignment=_PAGE_BYTES,
-        align_threshold=_PAGE_BYTES,
-    )
+    ir.save(model, path)
     _add_shapes(path)
+    return {MODEL_FILE: FileEntry.of(path), WEIGHTS_FILE: weights}
 
 
 def _add_shapes(path: Path) -> None:
@@ -216,13 +217,12 @@ def _copy_tokenizer(source: TokenizerSource, directory: Path) -> TokenizerInfo:
 def _manifest(
     config: MegalodonConfig,
     source: Mapping[str, str],
-    directory: Path,
+    files: Mapping[str, FileEntry],
     tokenizer: TokenizerInfo,
     options: ExportOptions,
     quantization: Quantization | None,
     name: str,
 ) -> Manifest:
-    files = [MODEL_FILE, WEIGHTS_FILE, *([tokenizer.file] if tokenizer.file else [])]
     return Manifest(
         name=name,
         config=config,
@@ -231,7 +231,7 @@ def _manifest(
         quantization=quantization,
         attention=options.attention,
         tokenizer=tokenizer,
-        files={file: FileEntry.of(directory / file) for file in files},
+        files=files,
         tools={"megalodon-deploy": megalodon_deploy.__version__} | {tool: version(tool) for tool in _TOOLS},
         source=source,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import resource
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from megalodon_deploy.files import atomic_directory, atomic_file
+from megalodon_deploy.files import atomic_directory, atomic_file, sha256_files
 
 
 def test_file_appears_whole(tmp_path: Path) -> None:
@@ -119,3 +120,13 @@ def test_a_disk_that_is_full_is_an_error_of_the_system_under_safetensors_too(tmp
     )
     assert done.stdout == f"{errno.EFBIG} {target}\n"
     assert os.listdir(tmp_path) == []
+
+
+def test_hashes_of_files_read_side_by_side(tmp_path: Path) -> None:
+    contents = [bytes(size % 251 for size in range(length)) * 7 for length in (0, 1, 150_000, 1 << 18)]
+    paths = [tmp_path / str(index) for index in range(len(contents))]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+    assert sha256_files(paths) == [hashlib.sha256(content).hexdigest() for content in contents]
+    answers = iter([False, True])
+    assert sha256_files(paths[-1:], lambda: next(answers)) == [hashlib.sha256(contents[-1][: 1 << 20]).hexdigest()]

@@ -79,6 +79,19 @@ def test_every_weight_goes_to_the_nearest_code(kind: WeightKind, block_size: int
     assert np.all(largest >= 0.87 * code_values(kind).max())
 
 
+@pytest.mark.parametrize(("kind", "block_size"), FORMATS)
+def test_large_matrices_are_quantised_as_their_parts(kind: WeightKind, block_size: int) -> None:
+    matrix = torch.randn(768, 1000, generator=torch.Generator().manual_seed(0)).clamp(-3, 3).bfloat16()
+    matrix[-1], matrix[0] = 4, -4  # each part has the scales of the whole
+    form = make_format(kind, block_size)
+    whole, wide = (quantize_nearest(each, form, torch.float32) for each in (matrix, matrix.float()))
+    exact = (quantize_nearest(part, form, torch.float32).dequantized() for part in matrix.split(8, dim=1))
+    assert torch.equal(whole.dequantized(), torch.cat(list(exact), dim=1))
+    assert torch.equal(whole.dequantized(), wide.dequantized())
+    if kind in ("int4", "nvfp4"):
+        assert torch.equal(unpack_nibbles(pack_nibbles(whole.codes), (768, 1000), kind), whole.codes)
+
+
 def test_four_bits_are_packed_low_half_first() -> None:
     codes = torch.tensor([[-8, 7, 3], [-1, 0, 1]], dtype=torch.int8)
     packed = pack_nibbles(codes)

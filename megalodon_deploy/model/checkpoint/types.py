@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +16,7 @@ import torch
 
 from megalodon_deploy.bundle import TokenizerKind
 from megalodon_deploy.config import MegalodonConfig
-from megalodon_deploy.files import sha256_file
+from megalodon_deploy.files import sha256_files
 from megalodon_deploy.model.checkpoint.tensor_file import TensorFile
 
 Layout = Literal["native", "released", "megalodon-jax", "megalodon-hf"]
@@ -58,7 +61,23 @@ class Checkpoint:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of the weight file's content; of several, sha256 over their hashes in order."""
-        hashes = [sha256_file(file.path) for file in self.files]
+        return self._fingerprint(lambda: False)
+
+    @contextmanager
+    def fingerprinting(self) -> Iterator[Future[str]]:
+        """Compute `fingerprint` in a thread beside the block, which reads the same files: it also reads ahead for it.
+
+        What the block did not wait for is given up at its end.
+        """
+        stopped = threading.Event()
+        with ThreadPoolExecutor(1, "fingerprint") as executor:
+            try:
+                yield executor.submit(self._fingerprint, stopped.is_set)
+            finally:
+                stopped.set()
+
+    def _fingerprint(self, is_stopped: Callable[[], bool]) -> str:
+        hashes = sha256_files([file.path for file in self.files], is_stopped)
         return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:

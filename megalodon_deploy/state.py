@@ -30,10 +30,12 @@ OPERATOR_VERSION = 1
 COMPLEX_EMA = "ComplexEMA"
 TIMESTEP_NORM = "TimestepNorm"
 CHUNK_ATTENTION = "ChunkAttention"
+QUANTIZED_MATMUL = "QuantizedMatMul"  # in graphs for the CPU alone
 TIMESTEP_NORM_COMPLEX_EMA = "TimestepNormComplexEMA"  # a plugin alone: the two operators where one reads the other
 EPSILON = "epsilon"  # TimestepNorm's attribute
 DEFAULT_EPSILON = 1e-5
 CHUNK_SIZE = "chunk_size"  # ChunkAttention's attribute, C
+BLOCK_SIZE = "block_size"  # QuantizedMatMul's attribute, 0 where scales are those of whole columns
 
 Kind = Literal["key", "value", "key_scale", "value_scale", "cema", "norm"]
 Dtype = Literal["activation", "float32", "fp8", "int8"]  # fp8: e4m3 without infinities

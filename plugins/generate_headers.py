@@ -40,10 +40,12 @@ constexpr char kOperatorVersion[] = "{OPERATOR_VERSION}";
 constexpr char kComplexEma[] = "{COMPLEX_EMA}";
 constexpr char kTimestepNorm[] = "{TIMESTEP_NORM}";
 constexpr char kChunkAttention[] = "{CHUNK_ATTENTION}";
+constexpr char kQuantizedMatMul[] = "{QUANTIZED_MATMUL}";
 constexpr char kTimestepNormComplexEma[] = "{TIMESTEP_NORM_COMPLEX_EMA}";
 constexpr char kEpsilon[] = "{EPSILON}";
 constexpr float kDefaultEpsilon = {DEFAULT_EPSILON}f;
 constexpr char kChunkSize[] = "{CHUNK_SIZE}";
+constexpr char kBlockSize[] = "{BLOCK_SIZE}";
 
 }}  // namespace megalodon
 """

@@ -25,39 +25,50 @@ struct Tensor {
     const int64_t* integers() const { return static_cast<const int64_t*>(data); }
 };
 
+inline void check(const Api& api, Status* status) {
+    if (!status) return;
+    const std::string message = api.call<GetErrorMessage>(status);
+    api.call<ReleaseStatus>(status);
+    throw std::runtime_error(message);
+}
+
+inline Tensor read_tensor(const Api& api, const Value* value) {
+    TensorInfo* info = nullptr;
+    check(api, api.call<GetTensorInfo>(value, &info));
+    size_t rank = 0;
+    check(api, api.call<GetNumDimensions>(info, &rank));
+    int32_t type = 0;
+    check(api, api.call<GetElementType>(info, &type));
+    Tensor tensor{std::vector<int64_t>(rank), nullptr, static_cast<ElementType>(type)};
+    check(api, api.call<GetDimensions>(info, tensor.shape.data(), rank));
+    api.call<ReleaseTensorInfo>(info);
+    void* data = nullptr;
+    check(api, api.call<GetTensorData>(const_cast<Value*>(value), &data));
+    tensor.data = data;
+    return tensor;
+}
+
 class Call {
  public:
     Call(const Api& api, KernelContext* context) : api_(api), context_(context) {}
 
     size_t num_inputs() const {
         size_t count = 0;
-        check(api_.call<GetNumInputs>(context_, &count));
+        check(api_, api_.call<GetNumInputs>(context_, &count));
         return count;
     }
 
     Tensor input(size_t index) const {
         const Value* value = nullptr;
-        check(api_.call<GetInput>(context_, index, &value));
-        TensorInfo* info = nullptr;
-        check(api_.call<GetTensorInfo>(value, &info));
-        size_t rank = 0;
-        check(api_.call<GetNumDimensions>(info, &rank));
-        int32_t type = 0;
-        check(api_.call<GetElementType>(info, &type));
-        Tensor tensor{std::vector<int64_t>(rank), nullptr, static_cast<ElementType>(type)};
-        check(api_.call<GetDimensions>(info, tensor.shape.data(), rank));
-        api_.call<ReleaseTensorInfo>(info);
-        void* data = nullptr;
-        check(api_.call<GetTensorData>(const_cast<Value*>(value), &data));
-        tensor.data = data;
-        return tensor;
+        check(api_, api_.call<GetInput>(context_, index, &value));
+        return read_tensor(api_, value);
     }
 
     float* output(size_t index, const std::vector<int64_t>& shape) const {
         Value* value = nullptr;
-        check(api_.call<GetOutput>(context_, index, shape.data(), shape.size(), &value));
+        check(api_, api_.call<GetOutput>(context_, index, shape.data(), shape.size(), &value));
         void* data = nullptr;
-        check(api_.call<GetTensorData>(value, &data));
+        check(api_, api_.call<GetTensorData>(value, &data));
         return static_cast<float*>(data);
     }
 
@@ -70,14 +81,14 @@ class Call {
             const Work& work;
             int64_t total, num_parts;
         } share{work, total, num_parts};
-        check(api_.call<ParallelFor>(
-            context_,
-            [](void* data, size_t part) {
-                const auto& all = *static_cast<Share*>(data);
-                const auto i = static_cast<int64_t>(part);
-                all.work(all.total * i / all.num_parts, all.total * (i + 1) / all.num_parts);
-            },
-            static_cast<size_t>(num_parts), 0, &share));
+        check(api_, api_.call<ParallelFor>(
+                        context_,
+                        [](void* data, size_t part) {
+                            const auto& all = *static_cast<Share*>(data);
+                            const auto i = static_cast<int64_t>(part);
+                            all.work(all.total * i / all.num_parts, all.total * (i + 1) / all.num_parts);
+                        },
+                        static_cast<size_t>(num_parts), 0, &share));
     }
 
     /// Raises when a graph that was not written by the exporter feeds the operator something else.
@@ -86,13 +97,6 @@ class Call {
     }
 
  private:
-    void check(Status* status) const {
-        if (!status) return;
-        const std::string message = api_.call<GetErrorMessage>(status);
-        api_.call<ReleaseStatus>(status);
-        throw std::runtime_error(message);
-    }
-
     Api api_;
     KernelContext* context_;
 };

@@ -30,14 +30,15 @@ Status* create_kernel(const CustomOperator*, const void* table, const KernelInfo
 }
 
 /// ONNX Runtime is a C interface: nothing is thrown through it.
-template <typename Compute>
+template <typename Own = Kernel, typename Compute>
 Status* guarded(void* data, KernelContext* context, const Compute& compute) {
-    const auto& kernel = *static_cast<Kernel*>(data);
+    const auto& kernel = *static_cast<Own*>(data);
+    const Api& api = kernel.api;
     try {
-        compute(Call(kernel.api, context), kernel);
+        compute(Call(api, context), kernel);
         return nullptr;
     } catch (const std::exception& error) {
-        return kernel.api.call<CreateStatus>(kFail, error.what());
+        return api.call<CreateStatus>(kFail, error.what());
     }
 }
 
@@ -97,6 +98,47 @@ CustomOperator chunk_attention_operator() {
     return op;
 }
 
+struct Product {
+    Api api;
+    QuantizedMatMul product;
+};
+
+Tensor constant_input(const Api& api, const KernelInfo* info, size_t index) {
+    int is_constant = 0;
+    const Value* value = nullptr;
+    check(api, api.call<GetConstantInput>(info, index, &is_constant, &value));
+    Call::require(is_constant && value, "codes and scales that are initializers");
+    return read_tensor(api, value);
+}
+
+Status* create_product(const CustomOperator*, const void* table, const KernelInfo* info, void** out) {
+    const Api api(table);
+    try {
+        int64_t block_size = 0;
+        check(api, api.call<GetIntAttribute>(info, kBlockSize, &block_size));
+        const Tensor codes = constant_input(api, info, 1), scales = constant_input(api, info, 2);
+        *out = new Product{api, QuantizedMatMul(codes, scales, block_size)};
+        return nullptr;
+    } catch (const std::exception& error) {
+        return api.call<CreateStatus>(kFail, error.what());
+    }
+}
+
+CustomOperator quantized_matmul_operator() {
+    CustomOperator op = common_operator();
+    op.name = [](const CustomOperator*) { return kQuantizedMatMul; };
+    op.num_inputs = [](const CustomOperator*) -> size_t { return 3; };
+    op.num_outputs = [](const CustomOperator*) -> size_t { return 1; };
+    op.input_type = [](const CustomOperator*, size_t index) -> int32_t { return index == 1 ? kAnyType : kFloat; };
+    op.create_kernel = create_product;
+    op.destroy_kernel = [](void* kernel) { delete static_cast<Product*>(kernel); };
+    op.compute = [](void* kernel, KernelContext* context) {
+        return guarded<Product>(kernel, context,
+                                [](const Call& call, const Product& own) { own.product.multiply(call); });
+    };
+    return op;
+}
+
 }  // namespace
 }  // namespace megalodon::ort
 
@@ -115,6 +157,11 @@ extern "C" __attribute__((visibility("default"))) megalodon::ort::Status* Regist
                                                timestep_norm_operator()};
     for (const CustomOperator& op : operators) {
         if (Status* status = api.call<CustomOpDomainAdd>(domain, &op)) return status;
+    }
+    // On other processors ONNX Runtime takes the function's body, and its own MatMulNBits.
+    static const CustomOperator product = quantized_matmul_operator();
+    if (has_vnni()) {
+        if (Status* status = api.call<CustomOpDomainAdd>(domain, &product)) return status;
     }
     return api.call<AddCustomOpDomain>(options, domain);
 }

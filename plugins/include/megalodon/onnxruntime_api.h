@@ -40,7 +40,16 @@ constexpr int kArenaAllocator = 1;
 constexpr int kDefaultMemory = 0;
 
 // ONNX's numbers for element types.
-enum ElementType { kAnyType = 0, kFloat = 1, kInt8 = 3, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16, kFloat8E4M3 = 17 };
+enum ElementType {
+    kAnyType = 0,
+    kFloat = 1,
+    kInt8 = 3,
+    kInt64 = 7,
+    kFloat16 = 10,
+    kBFloat16 = 16,
+    kFloat8E4M3 = 17,
+    kInt4 = 22
+};
 
 // Functions by their place in the table; all but the releases return null or a status to be released.
 template <typename Signature, int place>
@@ -96,6 +105,8 @@ using GetInput = Function<Status*(const KernelContext*, std::size_t index, const
 using GetOutput =
     Function<Status*(KernelContext*, std::size_t index, const std::int64_t* shape, std::size_t rank, Value** out), 91>;
 using ReleaseTensorInfo = Function<void(TensorInfo*), 99>;
+using GetConstantInput =
+    Function<Status*(const KernelInfo*, std::size_t index, int* is_constant, const Value** out), 249>;
 using ParallelFor = Function<Status*(const KernelContext*, void (*work)(void* data, std::size_t index),
                                      std::size_t total, std::size_t num_batches, void* data),
                              274>;

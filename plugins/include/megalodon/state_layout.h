@@ -26,9 +26,11 @@ constexpr char kOperatorVersion[] = "1";
 constexpr char kComplexEma[] = "ComplexEMA";
 constexpr char kTimestepNorm[] = "TimestepNorm";
 constexpr char kChunkAttention[] = "ChunkAttention";
+constexpr char kQuantizedMatMul[] = "QuantizedMatMul";
 constexpr char kTimestepNormComplexEma[] = "TimestepNormComplexEMA";
 constexpr char kEpsilon[] = "epsilon";
 constexpr float kDefaultEpsilon = 1e-05f;
 constexpr char kChunkSize[] = "chunk_size";
+constexpr char kBlockSize[] = "block_size";
 
 }  // namespace megalodon

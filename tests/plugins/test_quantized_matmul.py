@@ -1,0 +1,189 @@
+"""The compiled product with codes inside the installed ONNX Runtime, against float64."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from helpers import assert_close
+from onnx import TensorProto, helper, numpy_helper
+
+from megalodon_deploy.engine.toolchain import build_onnxruntime_operators
+from megalodon_deploy.export.operators.quantized_matmul import quantized_matmul_function
+
+Array = np.ndarray
+MAX_SPAN = 32  # elements of x that share a scale
+EXCEEDS = 1e-6  # of the sum of magnitudes: float32 scales and sums of spans
+# K, N: one element; below, at and above a quad of rows, a span, a vector of columns and a tile; work for two threads.
+SIZES = [(1, 2), (3, 2), (32, 14), (37, 130), (64, 64), (128, 66), (132, 16), (256, 254), (260, 322), (1024, 640)]
+BLOCKS = [0, 4, 32, 64, 128, 256]  # 0: whole columns
+SHAPES = [(1, 1), (1, 3), (2, 4), (5, 9)]  # of rows of x
+
+
+def _flags() -> set[str]:
+    path = Path("/proc/cpuinfo")
+    return set(path.read_text(encoding="utf-8").split()) if path.is_file() else set()
+
+
+needs_vnni = pytest.mark.skipif(
+    platform.machine() != "x86_64" or "avx512_vnni" not in _flags(),
+    reason="the processor has no AVX-512 VNNI: ONNX Runtime takes the function's body",
+)
+
+
+def random_matrix(kind: str, k: int, n: int, block: int, seed: int = 0) -> tuple[Array, Array]:
+    """Codes [K, N] of the whole range and scales [K / block, N] or [N]."""
+    rng = np.random.default_rng(seed)
+    low, dtype = (-8, ml_dtypes.int4) if kind == "int4" else (-128, np.int8)
+    codes = rng.integers(low, -low, (k, n)).astype(dtype)
+    scales = rng.uniform(0.5, 2, (k // block, n) if block else n).astype(np.float32)
+    return codes, scales
+
+
+def decoded(codes: Array, scales: Array, block: int) -> Array:
+    """W [K, N] float64."""
+    full = np.repeat(scales, block, axis=0) if block else scales
+    return codes.astype(np.float64) * full
+
+
+def rounded(x: Array, block: int) -> Array:
+    """What becomes of x [..., K]: a scale for each span, float64."""
+    span = min(block or x.shape[-1], MAX_SPAN)
+    out = np.empty(x.shape)
+    for start in range(0, x.shape[-1], span):
+        part = x[..., start : start + span]
+        most = np.abs(part).max(-1, keepdims=True)
+        codes = np.rint(part * (np.float32(127) / most))
+        out[..., start : start + span] = codes * (most / np.float32(127)).astype(np.float64)
+    return out
+
+
+def make_model(codes: Array, scales: Array, block: int, *, constant: bool = True) -> onnx.ModelProto:
+    tensors = [numpy_helper.from_array(codes, "codes"), numpy_helper.from_array(scales, "scales")]
+    node = helper.make_node(
+        "QuantizedMatMul", ["x", "codes", "scales"], ["y"], domain="megalodon", axis=0 if block else 1, block_size=block
+    )
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", "T", codes.shape[0]])]
+    if not constant:
+        inputs += [helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in tensors]
+        tensors = []
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["B", "T", codes.shape[1]])]
+    return helper.make_model(
+        helper.make_graph([node], "one", inputs, outputs, tensors),
+        functions=[ir.to_proto(quantized_matmul_function())],
+        opset_imports=[helper.make_opsetid("", 24), helper.make_opsetid("megalodon", 1)],
+        ir_version=11,
+    )
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    return build_onnxruntime_operators()
+
+
+def load(model: onnx.ModelProto, library: Path | None, threads: int = 0) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    if library is not None:
+        options.register_custom_ops_library(str(library))
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+@needs_vnni
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+@pytest.mark.parametrize(("k", "n"), SIZES)
+def test_products_are_those_of_float64(library: Path, kind: str, k: int, n: int) -> None:
+    rng = np.random.default_rng(k + n)
+    for block in (size for size in BLOCKS if not size or k % size == 0):
+        codes, scales = random_matrix(kind, k, n, block)
+        session = load(make_model(codes, scales, block), library)
+        for shape in SHAPES:
+            x = rng.standard_normal((*shape, k)).astype(np.float32)
+            (y,) = session.run(None, {"x": x})
+            exact, weight = rounded(x, block), decoded(codes, scales, block)
+            error = np.abs(y - exact @ weight) / (np.abs(exact) @ np.abs(weight) + 1e-30)
+            assert error.max() <= EXCEEDS, (block, shape)
+
+
+@needs_vnni
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_a_row_is_the_same_beside_others_and_on_any_number_of_threads(library: Path, kind: str) -> None:
+    codes, scales = random_matrix(kind, 256, 700, 64)
+    one, several = (load(make_model(codes, scales, 64), library, threads) for threads in (1, 3))
+    x = np.random.default_rng(1).standard_normal((1, 37, 256)).astype(np.float32)
+    (together,) = one.run(None, {"x": x})
+    assert np.isfinite(together).all()
+    np.testing.assert_array_equal(several.run(None, {"x": x})[0], together)
+    for token in (0, 3, 4, 36):
+        np.testing.assert_array_equal(one.run(None, {"x": x[:, token : token + 1]})[0], together[:, token : token + 1])
+
+
+@needs_vnni
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_what_is_not_finite_stays_so_in_its_own_row(library: Path, kind: str) -> None:
+    codes, scales = random_matrix(kind, 260, 66, 0)
+    session = load(make_model(codes, scales, 0), library)
+    x = np.random.default_rng(2).standard_normal((1, 6, 260)).astype(np.float32)
+    (whole,) = session.run(None, {"x": x})
+    x[0, 1, 259], x[0, 2, 0], x[0, 4, 130] = np.nan, np.inf, -np.inf
+    (y,) = session.run(None, {"x": x})
+    assert not np.isfinite(y[0, [1, 2, 4]]).any()
+    np.testing.assert_array_equal(y[0, [0, 3, 5]], whole[0, [0, 3, 5]])
+
+
+@needs_vnni
+def test_zeros_and_extreme_magnitudes(library: Path) -> None:
+    codes, scales = random_matrix("int4", 128, 64, 32)
+    session = load(make_model(codes, scales, 32), library)
+    x = np.zeros((1, 4, 128), np.float32)
+    x[0, 1], x[0, 2], x[0, 3, ::32] = 1e-44, 1e34, -1e-20
+    (y,) = session.run(None, {"x": x})
+    weight = decoded(codes, scales, 32)
+    assert not y[0, 0].any()
+    assert np.abs(y[0, 1]).max() < 1e-30  # less than a float32 can divide by
+    for row in (2, 3):
+        assert_close(
+            y[0, row].astype(np.float64) / np.abs(x[0, row]).max(), x[0, row] / np.abs(x[0, row]).max() @ weight, 1e-4
+        )
+
+
+@needs_vnni
+def test_an_empty_call_gives_nothing(library: Path) -> None:
+    codes, scales = random_matrix("int8", 8, 6, 0)
+    session = load(make_model(codes, scales, 0), library)
+    assert session.run(None, {"x": np.empty((2, 0, 8), np.float32)})[0].shape == (2, 0, 6)
+
+
+@needs_vnni
+@pytest.mark.parametrize(
+    ("k", "n", "block", "constant", "message"),
+    [
+        (60, 4, 30, True, "blocks of a multiple of 4"),
+        (96, 4, 48, True, "blocks of a multiple of 4"),
+        (8, 3, 0, True, "an even number of columns"),
+        (8, 4, 0, False, "codes and scales that are initializers"),
+    ],
+)
+def test_what_it_cannot_do_is_said_when_it_loads(
+    library: Path, k: int, n: int, block: int, constant: bool, message: str
+) -> None:
+    codes, scales = random_matrix("int4", k, n, block)
+    with pytest.raises(Exception, match=message):
+        load(make_model(codes, scales, block, constant=constant), library)
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_the_body_is_the_same_product(kind: str) -> None:
+    codes, scales = random_matrix(kind, 64, 48, 32)
+    x = np.random.default_rng(3).standard_normal((2, 3, 64)).astype(np.float32)
+    model = make_model(codes, scales, 32)
+    onnx.checker.check_model(model, full_check=True)
+    (y,) = load(model, None).run(None, {"x": x})
+    assert_close(y, x.astype(np.float64) @ decoded(codes, scales, 32), 2e-2)  # x may be rounded, or not

@@ -20,6 +20,7 @@ _CONSTANTS: dict[str, tuple[str, str | float]] = {
     "kBundleFormatVersion": ("int", bundle.FORMAT_VERSION),
     "kManifestFile": ("char[]", bundle.MANIFEST_FILE),
     "kModelFile": ("char[]", bundle.MODEL_FILE),
+    "kCpuModelFile": ("char[]", bundle.CPU_MODEL_FILE),
     "kWeightsFile": ("char[]", bundle.WEIGHTS_FILE),
     "kEnginesDir": ("char[]", bundle.ENGINES_DIR),
     "kEngineFile": ("char[]", bundle.ENGINE_FILE),

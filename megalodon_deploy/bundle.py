@@ -3,6 +3,7 @@
     NAME/
       manifest.json     what this module reads and checks
       model.onnx        graph and functions
+      model.cpu.onnx    the same graph for ONNX Runtime on a CPU, where it has matrices of codes
       model.onnx.data   weights, one external file
       tokenizer.*       what the model was trained with (bytes need none)
       engines/ID/       model.engine + engine.json
@@ -34,6 +35,7 @@ FORMAT = "megalodon-bundle"
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.onnx"
+CPU_MODEL_FILE = "model.cpu.onnx"
 WEIGHTS_FILE = "model.onnx.data"
 ENGINES_DIR = "engines"
 ENGINE_FILE = "model.engine"
@@ -177,6 +179,11 @@ class Bundle:
     @property
     def model_path(self) -> Path:
         return self.path / MODEL_FILE
+
+    @property
+    def cpu_model_path(self) -> Path:
+        """What ONNX Runtime's CPU provider opens: products with codes are one operator where it can be compiled."""
+        return self.path / (CPU_MODEL_FILE if CPU_MODEL_FILE in self.manifest.files else MODEL_FILE)
 
     def verify_hashes(self) -> None:
         """Read every file; raises `BundleError` on the first whose hash differs."""

@@ -244,8 +244,8 @@ Bundle Bundle::open(const fs::path& path, bool verify_hashes) {
     return bundle;
 }
 
-fs::path Bundle::model_path() const {
-    return path_ / kModelFile;
+fs::path Bundle::cpu_model_path() const {
+    return path_ / (manifest_.files.count(kCpuModelFile) ? kCpuModelFile : kModelFile);
 }
 
 }  // namespace megalodon

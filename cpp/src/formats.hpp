@@ -10,6 +10,7 @@ constexpr char kBundleFormat[] = "megalodon-bundle";
 constexpr int kBundleFormatVersion = 1;
 constexpr char kManifestFile[] = "manifest.json";
 constexpr char kModelFile[] = "model.onnx";
+constexpr char kCpuModelFile[] = "model.cpu.onnx";
 constexpr char kWeightsFile[] = "model.onnx.data";
 constexpr char kEnginesDir[] = "engines";
 constexpr char kEngineFile[] = "model.engine";

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 import megalodon_deploy
 from megalodon_deploy.bundle import (
+    CPU_MODEL_FILE,
     FORMAT,
     MANIFEST_FILE,
     MODEL_FILE,
@@ -32,6 +33,7 @@ from megalodon_deploy.bundle import (
 from megalodon_deploy.config import KeyValueType, MegalodonConfig
 from megalodon_deploy.errors import BundleError, MissingDependencyError, UserError
 from megalodon_deploy.export.calibration import Calibration
+from megalodon_deploy.export.cpu_graph import write_cpu_graph
 from megalodon_deploy.export.graph import build_model
 from megalodon_deploy.export.operators.schema import register_schemas
 from megalodon_deploy.export.quality import TORCH_TYPES, measure_quality, read_gate_text
@@ -182,7 +184,11 @@ def _write_model(
     path = directory / MODEL_FILE
     ir.save(model, path)
     _add_shapes(path)
-    return {MODEL_FILE: FileEntry.of(path), WEIGHTS_FILE: weights}
+    files = {MODEL_FILE: FileEntry.of(path), WEIGHTS_FILE: weights}
+    cpu_path = directory / CPU_MODEL_FILE
+    if options.precision == "fp32" and write_cpu_graph(path, cpu_path):  # the compiled operators are float32
+        files[CPU_MODEL_FILE] = FileEntry.of(cpu_path)
+    return files
 
 
 def _add_shapes(path: Path) -> None:

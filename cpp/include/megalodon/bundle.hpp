@@ -67,7 +67,8 @@ class MEGALODON_API Bundle {
 
     const std::filesystem::path& path() const { return path_; }
     const Manifest& manifest() const { return manifest_; }
-    std::filesystem::path model_path() const;
+    // The graph that ONNX Runtime opens on a CPU: the bundle may have one of its own for that.
+    std::filesystem::path cpu_model_path() const;
 
  private:
     Bundle(std::filesystem::path path, Manifest manifest);

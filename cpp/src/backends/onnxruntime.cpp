@@ -77,7 +77,7 @@ class OnnxRuntimeEngine : public Engine {
           memory_(api_),
           session_(api_) {
         refuse_bfloat16(bundle);
-        const std::string where = bundle.model_path().string();
+        const std::string where = bundle.cpu_model_path().string();
         Owned<ort::SessionOptions, ort::ReleaseSessionOptions> session_options(api_);
         check(api_.call<ort::CreateEnv>(ort::kLogErrors, "megalodon", env_.out()), where);
         check(api_.call<ort::CreateCpuMemoryInfo>(ort::kArenaAllocator, ort::kDefaultMemory, memory_.out()), where);

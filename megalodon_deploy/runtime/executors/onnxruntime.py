@@ -81,7 +81,7 @@ class OnnxRuntimeExecutor:
             self.session = self._open_packed(bundle)
         else:
             with huge_pages():
-                self.session = self._open(bundle, bundle.model_path)
+                self.session = self._open(bundle, bundle.cpu_model_path)
         names = {spec.past for spec in state_specs(self.config)} | {TOKENS, POSITION}
         if unlike := sorted(names ^ {node.name for node in self.session.get_inputs()}):
             raise BundleError(f"{bundle.model_path}: input {unlike[0]} does not follow from its config; export again")
@@ -295,7 +295,7 @@ def load_session(
         return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
     except Exception as error:  # its error classes share no other base
         text = " ".join(str(error).split())
-        cure = "remove it" if path != bundle.model_path else "export it again"
+        cure = "export it again" if path.parent == bundle.path else "remove it"
         if pack_into is not None:  # as where the disk fills up
             cure = "leave out share_weights"
         raise BundleError(f"{path}: ONNX Runtime cannot load it ({text}); {cure}") from error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import sys
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -102,4 +104,7 @@ class HashedFile:
         for start in range(0, data.nbytes, _BLOCK_BYTES):
             block = data[start : start + _BLOCK_BYTES]
             self._file.write(block)
+            if sys.platform == "linux":  # begin to write back now, so that little is left for the sync at the end
+                end = self._file.tell()
+                os.posix_fadvise(self._file.fileno(), end - len(block), len(block), os.POSIX_FADV_DONTNEED)
             self._digest.update(block)

@@ -9,26 +9,26 @@ namespace {
 
 constexpr int64_t kTilesOfPart = 4, kRowsOfPart = 16;
 
-QuantizedMatrix read_matrix(const Tensor& codes, const Tensor& scales, int64_t block_size) {
+/// What is packed of these, without memory for it.
+PackedMatrix check_matrix(const Tensor& codes, const Tensor& scales, int64_t block_size) {
     Call::require(codes.shape.size() == 2 && (codes.type == kInt8 || codes.type == kInt4),
                   "codes [K, N] of int8 or int4");
     const int64_t K = codes.shape[0], N = codes.shape[1], block = block_size ? block_size : K;
     const bool four_bits = codes.type == kInt4;
     Call::require(K > 0 && N > 0 && (!four_bits || N % 2 == 0), "a matrix, of an even number of columns where of int4");
-    Call::require(block >= K || block % kMaxSpan == 0 || (block > 0 && block < kMaxSpan && block % 4 == 0),
-                  "blocks of a multiple of 4 up to 32, or of a multiple of 32");
-    Call::require(scales.type == kFloat && scales.size() == (K + block - 1) / block * N, "a scale for each block");
-    return {codes.data, scales.floats(), K, N, block, four_bits};
+    Call::require(block == K || (block % kSpan == 0 && K % block == 0),
+                  "whole columns, or blocks of a multiple of 32 that divides them");
+    Call::require(scales.type == kFloat && scales.size() == K / block * N, "a scale for each block");
+    return {nullptr, K, N, block, four_bits};
 }
 
 }  // namespace
 
 QuantizedMatMul::QuantizedMatMul(const Tensor& codes, const Tensor& scales, int64_t block_size) {
-    const QuantizedMatrix matrix = read_matrix(codes, scales, block_size);
-    matrix_ = {nullptr, matrix.K, matrix.N, std::min(matrix.block, matrix.K), matrix.four_bits};
-    bytes_.reset(static_cast<uint8_t*>(::operator new(matrix_.num_bytes(), kAlignment)));
-    pack(matrix, matrix_, bytes_.get());
-    matrix_.bytes = bytes_.get();
+    matrix_ = check_matrix(codes, scales, block_size);
+    matrix_.bytes = static_cast<uint8_t*>(::operator new(matrix_.num_bytes(), kAlignment));
+    bytes_.reset(matrix_.bytes);
+    pack(codes.data, scales.floats(), matrix_);
 }
 
 void QuantizedMatMul::multiply(const Call& call) const {

@@ -9,27 +9,20 @@
 
 namespace megalodon::ort {
 
-struct QuantizedMatrix {
-    const void* codes;    // [K, N] int8; or int4, two to a byte with the first in the low half, N even
-    const float* scales;  // [K / block, N]
-    int64_t K, N, block;
-    bool four_bits;
-};
-
-constexpr int64_t kTileColumns = 64, kMaxSpan = 32;
+constexpr int64_t kTileColumns = 64;
+constexpr int64_t kSpan = 32;  // elements of x that share a scale
 
 /// Packed: for each tile of columns and each block of rows, quads of rows and then the scales of the block's columns.
 /// A quad is 64 columns of four rows, as unsigned codes (code + 8 or + 128), the four rows of a column side by side; of
 /// 4 bits, columns 16 to 31 and 48 to 63 lie in the high halves of those before them. Beyond the matrix lies anything.
 struct PackedMatrix {
-    const uint8_t* bytes;
-    int64_t K, N, block;  // block <= K
+    uint8_t* bytes;       // aligned to 64
+    int64_t K, N, block;  // K is a multiple of block; block is K, or a multiple of kSpan
     bool four_bits;
 
     int64_t num_tiles() const { return (N + kTileColumns - 1) / kTileColumns; }
-    int64_t num_blocks() const { return (K + block - 1) / block; }
-    int64_t span() const { return block < kMaxSpan ? block : kMaxSpan; }  // elements of x that share a scale
-    int64_t num_spans() const { return (K + span() - 1) / span(); }
+    int64_t num_blocks() const { return K / block; }
+    int64_t num_spans() const { return (K + kSpan - 1) / kSpan; }
     int64_t padded_K() const { return (K + 3) / 4 * 4; }
     int64_t quad_bytes() const { return kTileColumns * (four_bits ? 2 : 4); }
     int64_t scale_bytes() const { return kTileColumns * static_cast<int64_t>(sizeof(float)); }
@@ -47,8 +40,9 @@ struct RoundedRows {
 /// Whether this processor has the instructions of what follows: AVX-512 with VNNI.
 bool has_vnni();
 
-/// Writes `packed.num_bytes()` bytes, aligned to 64.
-void pack(const QuantizedMatrix& matrix, const PackedMatrix& packed, uint8_t* bytes);
+/// Writes `packed.num_bytes()` bytes from codes [K, N] and scales [K / block, N]. Codes are int8; or int4, two to a
+/// byte with the first in the low half, N even.
+void pack(const void* codes, const float* scales, const PackedMatrix& packed);
 
 /// Rounds row `row` of x [M, K].
 void round_row(const PackedMatrix& matrix, const float* x, int64_t row, const RoundedRows& rounded);

@@ -1,7 +1,7 @@
 // Products of int8 with 4 or 8 bits by AVX-512 VNNI: four products of an unsigned and a signed byte, added to an int32.
 //
-// Everything that is compiled for these instructions has internal linkage: a function that the linker could share with
-// other files would carry them to processors that lack them.
+// Every template and inline function that is compiled for these instructions has internal linkage: one that the linker
+// could share with other files would carry them to processors that lack them.
 
 #include "onnxruntime/quantized_matmul.h"
 
@@ -9,7 +9,17 @@
 
 #include <immintrin.h>
 
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+namespace megalodon::ort {
+
+bool has_vnni() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni");
+}
+
+}  // namespace megalodon::ort
+
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")  // has_vnni() itself runs everywhere
 
 namespace megalodon::ort {
 namespace {
@@ -19,12 +29,13 @@ constexpr int64_t kVectorBytes = 64;
 constexpr int64_t kAhead = 4096;  // bytes between what is multiplied and what is asked for
 constexpr int kRowsTogether = 4;
 
-__attribute__((always_inline)) inline __mmask16 first(int64_t count) {
-    return static_cast<__mmask16>(count >= kLanes ? 0xffff : (1u << count) - 1);
+int64_t smaller(int64_t a, int64_t b) {  // the linker shares std::min
+    return a < b ? a : b;
 }
 
-__attribute__((always_inline)) inline __mmask64 first_bytes(int64_t count) {
-    return count >= kVectorBytes ? ~__mmask64{0} : (__mmask64{1} << count) - 1;
+/// The first lanes of a vector, of as many as it has.
+__attribute__((always_inline)) inline __mmask64 first(int64_t count) {
+    return count >= 64 ? ~__mmask64{0} : (__mmask64{1} << (count > 0 ? count : 0)) - 1;
 }
 
 /// Four rows of 64 bytes side by side: vector i has the columns 16 i to 16 i + 15.
@@ -47,11 +58,10 @@ template <bool kFourBits>
 __attribute__((always_inline)) inline __m512i read_codes(const uint8_t* codes, int64_t num_columns) {
     if constexpr (!kFourBits) {
         const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
-        return _mm512_xor_si512(_mm512_maskz_loadu_epi8(first_bytes(num_columns), codes), sign);
+        return _mm512_xor_si512(_mm512_maskz_loadu_epi8(first(num_columns), codes), sign);
     } else {
         const __m256i sign = _mm256_set1_epi8(static_cast<char>(0x88)), half = _mm256_set1_epi8(0x0f);
-        const auto mask = static_cast<__mmask32>(first_bytes(num_columns / 2));
-        const __m256i pairs = _mm256_xor_si256(_mm256_maskz_loadu_epi8(mask, codes), sign);
+        const __m256i pairs = _mm256_xor_si256(_mm256_maskz_loadu_epi8(first(num_columns / 2), codes), sign);
         const __m512i low = _mm512_cvtepu8_epi16(_mm256_and_si256(pairs, half));
         const __m512i high = _mm512_cvtepu8_epi16(_mm256_and_si256(_mm256_srli_epi16(pairs, 4), half));
         return _mm512_or_si512(low, _mm512_slli_epi16(high, 8));
@@ -72,27 +82,32 @@ void pack_quad(const uint8_t* const (&row_codes)[4], int64_t num_columns, uint8_
     }
 }
 
-/// `begin` to `end` are the rows of a block.
+/// A block of one tile: `codes` and `scales` begin at its first column. Returns what follows it.
 template <bool kFourBits>
-uint8_t* pack_block(const QuantizedMatrix& matrix, int64_t begin, int64_t end, int64_t column, uint8_t* out) {
-    const int64_t row_bytes = kFourBits ? matrix.N / 2 : matrix.N, offset = kFourBits ? column / 2 : column;
-    const int64_t num_columns = matrix.N - column;
-    const auto* codes = static_cast<const uint8_t*>(matrix.codes) + offset;
-    for (int64_t k = begin; k < end; k += 4) {
+uint8_t* pack_block(const uint8_t* codes, const float* scales, const PackedMatrix& packed, int64_t num_columns,
+                    uint8_t* out) {
+    const int64_t row_bytes = kFourBits ? packed.N / 2 : packed.N, last = packed.block - 1;
+    for (int64_t k = 0; k <= last; k += 4, out += packed.quad_bytes()) {
         const uint8_t* rows[4];
         for (int i = 0; i < 4; ++i)
-            rows[i] = codes + (k + i < end ? k + i : end - 1) * row_bytes;
+            rows[i] = codes + smaller(k + i, last) * row_bytes;  // x has a code of 0 beyond the last row
         pack_quad<kFourBits>(rows, num_columns, out);
-        out += kTileColumns * (kFourBits ? 2 : 4);
     }
-    const float* scales = matrix.scales + begin / matrix.block * matrix.N + column;
-    for (int i = 0; i < kVectors; ++i) {
-        const int64_t left = num_columns - i * kLanes;
-        const __m512 values = _mm512_maskz_loadu_ps(first(left > 0 ? left : 0), scales + i * kLanes);
-        _mm512_store_ps(out, values);
-        out += kVectorBytes;
-    }
+    for (int i = 0; i < kVectors; ++i, out += kVectorBytes)
+        _mm512_store_ps(out, _mm512_maskz_loadu_ps(first(num_columns - i * kLanes), scales + i * kLanes));
     return out;
+}
+
+template <bool kFourBits>
+void pack_tiles(const uint8_t* codes, const float* scales, const PackedMatrix& packed) {
+    uint8_t* out = packed.bytes;
+    for (int64_t column = 0; column < packed.N; column += kTileColumns) {
+        for (int64_t block = 0; block < packed.num_blocks(); ++block) {
+            const int64_t place = block * packed.block * packed.N + column;
+            out = pack_block<kFourBits>(codes + (kFourBits ? place / 2 : place), scales + block * packed.N + column,
+                                        packed, packed.N - column, out);
+        }
+    }
 }
 
 /// The vectors of a quad, a byte for each code.
@@ -135,13 +150,14 @@ template <bool kFourBits, int kRows>
 __attribute__((always_inline)) inline const uint8_t* add_span(const PackedMatrix& matrix, const RoundedRows& x,
                                                               int64_t row, int64_t begin, int64_t end,
                                                               const uint8_t* bytes, Sums<kRows>& sums) {
-    const int64_t num_spans = matrix.num_spans(), padded_K = matrix.padded_K(), span = begin / matrix.span();
+    const int64_t num_spans = matrix.num_spans(), padded_K = matrix.padded_K(), span = begin / kSpan;
+    constexpr int64_t quad_bytes = kTileColumns * (kFourBits ? 2 : 4);
     __m512i exact[kRows][kVectors];
     for (int r = 0; r < kRows; ++r) {
         for (__m512i& vector : exact[r])
             vector = _mm512_set1_epi32(x.offsets[(row + r) * num_spans + span]);
     }
-    for (int64_t k = begin; k < end; k += 4, bytes += kTileColumns * (kFourBits ? 2 : 4)) {
+    for (int64_t k = begin; k < end; k += 4, bytes += quad_bytes) {
         __m512i codes[kVectors];
         read_quad<kFourBits>(bytes, codes);
         for (int r = 0; r < kRows; ++r) {
@@ -162,25 +178,24 @@ __attribute__((always_inline)) inline const uint8_t* add_span(const PackedMatrix
 template <bool kFourBits, int kRows>
 void multiply_tile(const PackedMatrix& matrix, const RoundedRows& x, int64_t row, int64_t tile, float* y) {
     const uint8_t* bytes = matrix.bytes + tile * matrix.tile_bytes();
-    const int64_t span = matrix.span(), column = tile * kTileColumns;
+    const int64_t column = tile * kTileColumns;
     Sums<kRows> totals;
     for (int64_t block = 0; block < matrix.K; block += matrix.block) {
-        const int64_t block_end = block + matrix.block < matrix.K ? block + matrix.block : matrix.K;
+        const int64_t block_end = block + matrix.block;
         Sums<kRows> sums;
-        for (int64_t begin = block; begin < block_end; begin += span) {
-            const int64_t end = begin + span < block_end ? begin + span : block_end;
-            bytes = add_span<kFourBits>(matrix, x, row, begin, end, bytes, sums);
-        }
+        for (int64_t begin = block; begin < block_end; begin += kSpan)
+            bytes = add_span<kFourBits>(matrix, x, row, begin, smaller(begin + kSpan, block_end), bytes, sums);
         for (int i = 0; i < kVectors; ++i, bytes += kVectorBytes) {
             const __m512 scales = _mm512_load_ps(bytes);
             for (int r = 0; r < kRows; ++r)
                 totals.of[r][i] = _mm512_fmadd_ps(sums.of[r][i], scales, totals.of[r][i]);
         }
     }
-    for (int i = 0; i < kVectors && matrix.N > column + i * kLanes; ++i) {
-        for (int r = 0; r < kRows; ++r)
-            _mm512_mask_storeu_ps(y + (row + r) * matrix.N + column + i * kLanes, first(matrix.N - column - i * kLanes),
-                                  totals.of[r][i]);
+    for (int r = 0; r < kRows; ++r) {
+        for (int i = 0; i < kVectors; ++i) {
+            const int64_t n = column + i * kLanes;
+            _mm512_mask_storeu_ps(y + (row + r) * matrix.N + n, first(matrix.N - n), totals.of[r][i]);
+        }
     }
 }
 
@@ -215,28 +230,16 @@ SpanScale scale_of(const float* x, int64_t count) {
 
 }  // namespace
 
-bool has_vnni() {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512vnni");
-}
-
-void pack(const QuantizedMatrix& matrix, const PackedMatrix& packed, uint8_t* bytes) {
-    const auto pack_any = matrix.four_bits ? pack_block<true> : pack_block<false>;
-    for (int64_t column = 0; column < matrix.N; column += kTileColumns) {
-        for (int64_t begin = 0; begin < matrix.K; begin += packed.block) {
-            const int64_t end = begin + packed.block < matrix.K ? begin + packed.block : matrix.K;
-            bytes = pack_any(matrix, begin, end, column, bytes);
-        }
-    }
+void pack(const void* codes, const float* scales, const PackedMatrix& packed) {
+    const auto pack_any = packed.four_bits ? pack_tiles<true> : pack_tiles<false>;
+    pack_any(static_cast<const uint8_t*>(codes), scales, packed);
 }
 
 void round_row(const PackedMatrix& matrix, const float* x, int64_t row, const RoundedRows& rounded) {
-    const int32_t excess = matrix.four_bits ? 8 : 128;
+    const uint32_t excess = matrix.four_bits ? 8 : 128;
     int8_t* codes = rounded.codes + row * matrix.padded_K();
     for (int64_t span = 0; span < matrix.num_spans(); ++span) {
-        const int64_t start = span * matrix.span();
-        const int64_t count = matrix.K - start < matrix.span() ? matrix.K - start : matrix.span();
+        const int64_t start = span * kSpan, count = smaller(matrix.K - start, kSpan);
         const float* values = x + row * matrix.K + start;
         const SpanScale scale = scale_of(values, count);
         __m512i sum = _mm512_setzero_si512();
@@ -249,7 +252,8 @@ void round_row(const PackedMatrix& matrix, const float* x, int64_t row, const Ro
         }
         const int64_t place = row * matrix.num_spans() + span;
         rounded.scales[place] = scale.scale;
-        rounded.offsets[place] = -excess * _mm512_reduce_add_epi32(sum);
+        // Unsigned, which may overflow: a sum of what is not finite is anything.
+        rounded.offsets[place] = static_cast<int32_t>(-excess * static_cast<uint32_t>(_mm512_reduce_add_epi32(sum)));
     }
 }
 
@@ -267,7 +271,7 @@ namespace megalodon::ort {
 bool has_vnni() {
     return false;
 }
-void pack(const QuantizedMatrix&, const PackedMatrix&, uint8_t*) {}
+void pack(const void*, const float*, const PackedMatrix&) {}
 void round_row(const PackedMatrix&, const float*, int64_t, const RoundedRows&) {}
 void multiply_tiles(const PackedMatrix&, const RoundedRows&, int64_t, int64_t, int64_t, float*) {}
 

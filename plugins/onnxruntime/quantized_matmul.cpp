@@ -18,7 +18,7 @@ PackedMatrix check_matrix(const Tensor& codes, const Tensor& scales, int64_t blo
     Call::require(K > 0 && N > 0 && (!four_bits || N % 2 == 0), "a matrix, of an even number of columns where of int4");
     Call::require(block == K || (block % kSpan == 0 && K % block == 0),
                   "whole columns, or blocks of a multiple of 32 that divides them");
-    Call::require(scales.type == kFloat && scales.size() == K / block * N, "a scale for each block");
+    Call::require(scales.size() == K / block * N, "a scale for each block");
     return {nullptr, K, N, block, four_bits};
 }
 
@@ -33,7 +33,7 @@ QuantizedMatMul::QuantizedMatMul(const Tensor& codes, const Tensor& scales, int6
 
 void QuantizedMatMul::multiply(const Call& call) const {
     const Tensor x = call.input(0);
-    Call::require(x.type == kFloat && !x.shape.empty() && x.shape.back() == matrix_.K, "x [..., K] of float32");
+    Call::require(!x.shape.empty() && x.shape.back() == matrix_.K, "x [..., K]");
     std::vector<int64_t> shape = x.shape;
     shape.back() = matrix_.N;
     const int64_t M = x.size() / matrix_.K;

@@ -30,9 +30,9 @@ struct PackedMatrix {
     int64_t num_bytes() const { return num_tiles() * tile_bytes(); }
 };
 
-/// Rows as codes of int8, padded with 0.
+/// Rows as codes of int8.
 struct RoundedRows {
-    int8_t* codes;     // [M, padded_K]
+    int8_t* codes;     // [M, padded_K], 0 before they are written
     float* scales;     // [M, num_spans]
     int32_t* offsets;  // [M, num_spans]: what takes the excess of unsigned codes back
 };

@@ -247,7 +247,7 @@ void round_row(const PackedMatrix& matrix, const float* x, int64_t row, const Ro
             const __m512 scaled =
                 _mm512_mul_ps(_mm512_maskz_loadu_ps(first(count - k), values + k), _mm512_set1_ps(scale.factor));
             const __m512i whole = _mm512_cvtps_epi32(scaled);
-            _mm512_mask_cvtsepi32_storeu_epi8(codes + start + k, first((count - k + 3) / 4 * 4), whole);
+            _mm512_mask_cvtsepi32_storeu_epi8(codes + start + k, first(count - k), whole);
             sum = _mm512_add_epi32(sum, whole);
         }
         const int64_t place = row * matrix.num_spans() + span;

@@ -7,6 +7,7 @@ nodes. TensorRT's parser refuses a function that is called twice and dequantises
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import onnx
@@ -45,27 +46,24 @@ def fuse_products(graph: onnx.GraphProto) -> int:
     kept = [node for node in graph.node if not replaced & set(node.output)]
     del graph.node[:]
     graph.node.extend(kept)
-    for index in reversed(range(len(graph.value_info))):
-        if graph.value_info[index].name in replaced:
-            del graph.value_info[index]
+    shapes = [value for value in graph.value_info if value.name not in replaced]
+    del graph.value_info[:]
+    graph.value_info.extend(shapes)
     return len(replaced)
 
 
 def _quantized_matrices(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
     """The DequantizeLinear nodes of matrices that the compiled operator can multiply with, by output."""
     codes = {
-        tensor.name: tensor
+        tensor.name
         for tensor in graph.initializer
         # A row of an odd number of int4 codes does not begin on a byte.
         if tensor.data_type == onnx.TensorProto.INT8
         or (tensor.data_type == onnx.TensorProto.INT4 and tensor.dims[-1] % 2 == 0)
     }
-    num_readers: dict[str, int] = {}
-    for node in graph.node:
-        for name in node.input:
-            num_readers[name] = num_readers.get(name, 0) + 1
+    num_readers = Counter(name for node in graph.node for name in node.input)
     return {
         node.output[0]: node
         for node in graph.node
-        if node.op_type == "DequantizeLinear" and node.input[0] in codes and num_readers.get(node.output[0]) == 1
+        if node.op_type == "DequantizeLinear" and node.input[0] in codes and num_readers[node.output[0]] == 1
     }

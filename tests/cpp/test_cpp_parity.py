@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from cpp.c_library import CError, CLibrary, CSession, CStream
-from runtime.small_models import LONG_CHUNKS, make_model
+from runtime.small_models import LONG_CHUNKS, SHORT_CHUNKS, make_model
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from megalodon_deploy.bundle import Bundle
+from megalodon_deploy.engine.toolchain import build_onnxruntime_operators
 from megalodon_deploy.errors import StateError
 from megalodon_deploy.export import export_checkpoint
 from megalodon_deploy.model.checkpoint import save_checkpoint
@@ -223,6 +224,21 @@ def test_compiled_operators(
     assert any(str(operators) in text for _, text in messages), logger
     reference = bundle.session("onnxruntime", native=True).stream()
     np.testing.assert_array_equal(session.stream().prefill(PROMPT), reference.prefill(PROMPT))
+
+
+def test_products_with_codes(library: CLibrary, onnxruntime_library: Path, tmp_path: Path) -> None:
+    """In the graph for the CPU, which is the one that is opened: with the compiled operators and without."""
+    config = replace(SHORT_CHUNKS, model_dim=64, value_dim=128, ffn_hidden_dim=96, z_dim=32, norm_num_groups=4)
+    save_checkpoint(make_model(config), tmp_path / "checkpoint")
+    bundle = export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle", quantize="int4")
+    bundle.model_path.write_bytes(bytes(bundle.model_path.stat().st_size))
+    operators = str(build_onnxruntime_operators()).encode()
+    for native in (False, True):
+        python = bundle.session("onnxruntime", threads=1, native=native).stream()
+        options = {"operators_library": operators} if native else {}
+        cpp = library.session(bundle.path, onnxruntime_library, threads=1, **options).stream()
+        np.testing.assert_array_equal(cpp.prefill(PROMPT), python.prefill(PROMPT))
+        assert cpp.generate(max_new_tokens=20) == list(python.generate(max_new_tokens=20))
 
 
 def test_wrong_values_are_refused_and_the_stream_goes_on(session: CSession) -> None:

@@ -219,13 +219,12 @@ SpanScale scale_of(const float* x, int64_t count) {
     __m512 largest = _mm512_setzero_ps(), not_finite = _mm512_setzero_ps();
     for (int64_t k = 0; k < count; k += kLanes) {
         const __m512 values = _mm512_maskz_loadu_ps(first(count - k), x + k);
-        largest = _mm512_max_ps(_mm512_abs_ps(values), largest);                // NaN as the first operand is not taken
+        largest = _mm512_max_ps(largest, _mm512_abs_ps(values));
         not_finite = _mm512_fmadd_ps(values, _mm512_setzero_ps(), not_finite);  // 0, or NaN
     }
     const float most = _mm512_reduce_max_ps(largest);
-    const bool is_zero = !(most > 1e-36f);  // below, the factor would be infinite
-    // NaN and infinities make all products of their span NaN.
-    return {(is_zero ? 0.0f : most / 127.0f) + _mm512_reduce_add_ps(not_finite), is_zero ? 0.0f : 127.0f / most};
+    // NaN and infinities make all products of their span NaN; too little to divide by makes them 0.
+    return {most / 127.0f + _mm512_reduce_add_ps(not_finite), most < 1e-36f ? 0.0f : 127.0f / most};
 }
 
 }  // namespace

@@ -53,7 +53,13 @@ def test_every_product_with_codes_is_one_node(tmp_path: Path, options: dict[str,
 
 @pytest.mark.parametrize(
     "readers",
-    ["y = MatMul(w, x)", "y = MatMul(x, w) z = Transpose(w)", "y = Add(x, w)", "v = MatMul(x, w) y = MatMul(v, w)"],
+    [
+        "y = MatMul(w, x)",
+        "y = MatMul(x, w) z = Transpose(w)",
+        "y = Add(x, w)",
+        "v = Cast <to = 1> (codes) y = MatMul(x, v)",
+        "v = MatMul(x, w) y = MatMul(v, w)",
+    ],
 )
 def test_a_matrix_that_is_read_otherwise_stays(readers: str) -> None:
     graph = onnx.parser.parse_graph(

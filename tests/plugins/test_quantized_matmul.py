@@ -149,23 +149,22 @@ def test_a_row_is_the_same_beside_others_and_on_any_number_of_threads(library: P
 def test_what_is_not_finite_stays_so_in_its_own_row(library: Path, kind: str) -> None:
     codes, scales = random_matrix(kind, 260, 66, 0)
     session = load(make_model(codes, scales, 0), library)
-    x = np.random.default_rng(2).standard_normal((1, 6, 260)).astype(np.float32)
+    x = np.random.default_rng(2).standard_normal((1, 7, 260)).astype(np.float32)
     (whole,) = session.run(None, {"x": x})
-    x[0, 1, 259], x[0, 2, 0], x[0, 4, 130] = np.nan, np.inf, -np.inf
+    x[0, 1, 259], x[0, 2, 0], x[0, 4, 130], x[0, 6, 33] = np.nan, np.inf, -np.inf, np.nan
     (y,) = session.run(None, {"x": x})
-    assert not np.isfinite(y[0, [1, 2, 4]]).any()
+    assert not np.isfinite(y[0, [1, 2, 4, 6]]).any()
     np.testing.assert_array_equal(y[0, [0, 3, 5]], whole[0, [0, 3, 5]])
 
 
 def test_zeros_and_extreme_magnitudes(library: Path) -> None:
     codes, scales = random_matrix("int4", 128, 64, 32)
     session = load(make_model(codes, scales, 32), library)
-    x = np.zeros((1, 4, 128), np.float32)
-    x[0, 1], x[0, 2], x[0, 3, ::32] = 1e-44, 1e34, -1e-20
+    x = np.zeros((1, 5, 128), np.float32)
+    x[0, 1], x[0, 2], x[0, 3, ::32], x[0, 4] = 1e-44, 1e34, -1e-20, 1e-37
     (y,) = session.run(None, {"x": x})
     weight = decoded(codes, scales, 32)
-    assert not y[0, 0].any()
-    assert np.abs(y[0, 1]).max() < 1e-30  # less than a float32 can divide by
+    assert not y[0, [0, 1, 4]].any()  # nothing, and less than a float32 can divide by
     for row in (2, 3):
         assert_close(
             y[0, row].astype(np.float64) / np.abs(x[0, row]).max(), x[0, row] / np.abs(x[0, row]).max() @ weight, 1e-4
@@ -223,6 +222,20 @@ def test_two_threads_may_call_one_session(library: Path) -> None:
         together = list(pool.map(lambda i: session.run(None, {"x": calls[i % 2]})[0], range(40)))
     for i, y in enumerate(together):
         np.testing.assert_array_equal(y, alone[i % 2])
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * mmap.PAGESIZE
+
+
+def test_sessions_give_their_memory_back(library: Path) -> None:
+    model = make_model(*random_matrix("int8", 2048, 2048, 0), 0)  # 4 MiB
+    x = np.ones((1, 1, 2048), np.float32)
+    for turn in range(40):
+        load(model, library, threads=1).run(None, {"x": x})
+        if turn == 10:
+            before = resident_bytes()
+    assert resident_bytes() - before < 60e6, "the packed codes of 29 sessions are 122 MB"
 
 
 def before_a_wall(array: Array) -> Array:

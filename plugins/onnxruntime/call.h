@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -35,13 +36,14 @@ inline void check(const Api& api, Status* status) {
 inline Tensor read_tensor(const Api& api, const Value* value) {
     TensorInfo* info = nullptr;
     check(api, api.call<GetTensorInfo>(value, &info));
+    const auto release = [&api](TensorInfo* given) { api.call<ReleaseTensorInfo>(given); };
+    const std::unique_ptr<TensorInfo, decltype(release)> owner(info, release);
     size_t rank = 0;
     check(api, api.call<GetNumDimensions>(info, &rank));
     int32_t type = 0;
     check(api, api.call<GetElementType>(info, &type));
     Tensor tensor{std::vector<int64_t>(rank), nullptr, static_cast<ElementType>(type)};
     check(api, api.call<GetDimensions>(info, tensor.shape.data(), rank));
-    api.call<ReleaseTensorInfo>(info);
     void* data = nullptr;
     check(api, api.call<GetTensorData>(const_cast<Value*>(value), &data));
     tensor.data = data;

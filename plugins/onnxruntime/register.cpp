@@ -139,6 +139,30 @@ CustomOperator quantized_matmul_operator() {
     return op;
 }
 
+/// All operators, for every session that has this library: sessions only read them.
+class Domain {
+ public:
+    explicit Domain(const Api& api) : api_(api) {
+        check(api_, api_.call<CreateCustomOpDomain>(kOperatorDomain, &domain_));
+        static const CustomOperator operators[] = {chunk_attention_operator(), complex_ema_operator(),
+                                                   timestep_norm_operator()};
+        for (const CustomOperator& op : operators)
+            check(api_, api_.call<CustomOpDomainAdd>(domain_, &op));
+        // On other processors ONNX Runtime takes the function's body, and its own MatMulNBits.
+        static const CustomOperator product = quantized_matmul_operator();
+        if (has_vnni()) check(api_, api_.call<CustomOpDomainAdd>(domain_, &product));
+    }
+    ~Domain() { api_.call<ReleaseCustomOpDomain>(domain_); }  // where the library is unloaded
+    Domain(const Domain&) = delete;
+    Domain& operator=(const Domain&) = delete;
+
+    CustomOpDomain* get() const { return domain_; }
+
+ private:
+    Api api_;
+    CustomOpDomain* domain_ = nullptr;
+};
+
 }  // namespace
 }  // namespace megalodon::ort
 
@@ -151,17 +175,10 @@ extern "C" __attribute__((visibility("default"))) megalodon::ort::Status* Regist
         return oldest.call<CreateStatus>(kFail, "megalodon operators: ONNX Runtime 1.18 or later is needed");
     }
     const Api api(table);
-    CustomOpDomain* domain = nullptr;
-    if (Status* status = api.call<CreateCustomOpDomain>(megalodon::kOperatorDomain, &domain)) return status;
-    static const CustomOperator operators[] = {chunk_attention_operator(), complex_ema_operator(),
-                                               timestep_norm_operator()};
-    for (const CustomOperator& op : operators) {
-        if (Status* status = api.call<CustomOpDomainAdd>(domain, &op)) return status;
+    try {
+        static const Domain domain(api);
+        return api.call<AddCustomOpDomain>(options, domain.get());
+    } catch (const std::exception& error) {
+        return api.call<CreateStatus>(kFail, error.what());
     }
-    // On other processors ONNX Runtime takes the function's body, and its own MatMulNBits.
-    static const CustomOperator product = quantized_matmul_operator();
-    if (has_vnni()) {
-        if (Status* status = api.call<CustomOpDomainAdd>(domain, &product)) return status;
-    }
-    return api.call<AddCustomOpDomain>(options, domain);
 }

@@ -13,6 +13,22 @@
 
 namespace megalodon::ort {
 
+/// What is stored for a number, without its scale: float32, int8, or the bits of fp8 e4m3.
+MGD_INLINE float number(float value) {
+    return value;
+}
+MGD_INLINE float number(int8_t code) {
+    return code;
+}
+MGD_INLINE float number(uint8_t bits_e4m3) {
+    // Exponent and fraction in their places of a float32, whose exponents start 120 lower; all ones are NaN.
+    const uint32_t magnitude = bits_e4m3 & 0x7fu;
+    const uint32_t bits = (bits_e4m3 & 0x80u) << 24 | (magnitude == 0x7fu ? 0x7fc00000u : magnitude << 20);
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value * 0x1p120f;
+}
+
 /// Rows of keys or values of one head: float32, or int8 or fp8 e4m3 with a float32 scale for each row.
 struct Rows {
     const void* data;
@@ -23,26 +39,17 @@ struct Rows {
     /// Row `index` without its scale; `scratch` holds a row, which is written where the type is another.
     MGD_INLINE const float* row(int64_t index, float* scratch) const {
         if (type == kFloat) return static_cast<const float*>(data) + index * width;
-        if (type == kInt8) {
-            const int8_t* codes = static_cast<const int8_t*>(data) + index * width;
-            for (int64_t i = 0; i < width; ++i)
-                scratch[i] = codes[i];
-            return scratch;
-        }
-        const uint8_t* codes = static_cast<const uint8_t*>(data) + index * width;
-        for (int64_t i = 0; i < width; ++i)
-            scratch[i] = from_e4m3(codes[i]);
-        return scratch;
+        if (type == kInt8) return converted(static_cast<const int8_t*>(data) + index * width, scratch);
+        return converted(static_cast<const uint8_t*>(data) + index * width, scratch);
     }
     MGD_INLINE float scale(int64_t index) const { return scales ? scales[index] : 1.0f; }
 
-    MGD_INLINE static float from_e4m3(uint8_t code) {
-        // Exponent and fraction in their places of a float32, whose exponents start 120 lower; all ones are NaN.
-        const uint32_t magnitude = code & 0x7fu;
-        const uint32_t bits = (code & 0x80u) << 24 | (magnitude == 0x7fu ? 0x7fc00000u : magnitude << 20);
-        float value;
-        std::memcpy(&value, &bits, sizeof value);
-        return value * 0x1p120f;
+ private:
+    template <typename Element>
+    MGD_INLINE const float* converted(const Element* codes, float* scratch) const {
+        for (int64_t i = 0; i < width; ++i)
+            scratch[i] = number(codes[i]);
+        return scratch;
     }
 };
 

@@ -6,58 +6,104 @@
 namespace megalodon::ort {
 namespace {
 
-constexpr int64_t kModes = 16;    // kept in registers together; more take several passes over the tokens
-constexpr int64_t kGrain = 4096;  // modes times tokens that are worth a thread
+constexpr int64_t kModes = 16;     // kept in registers together; more take several passes over the tokens
+constexpr int64_t kGrain = 4096;   // modes times tokens that are worth a thread
+constexpr int64_t kTokens = 64;    // copied side by side, since those of one channel lie far apart
+constexpr int64_t kChannels = 16;  // that share a line of the cache
 
-struct Channel {
-    const float *past, *p, *q, *gamma;  // [n, 2], [n], [n, 2], [n, 2]
-    float* present;                     // [n, 2]
-    const float* x;                     // [T] with stride D, and so y
-    float* y;
-    int64_t num_tokens, stride;
-    float omega;
+/// Modes of one channel.
+struct Modes {
+    const float *p, *q, *gamma;  // [n], [n, 2], [n, 2]
+    const float* past;           // [n, 2]
+    float* present;              // [n, 2]; may be `past`
 
-    Channel from(int64_t n) const {
-        return {past + 2 * n, p + n, q + 2 * n, gamma + 2 * n, present + 2 * n, x, y, num_tokens, stride, omega};
-    }
+    Modes from(int64_t n) const { return {p + n, q + 2 * n, gamma + 2 * n, past + 2 * n, present + 2 * n}; }
 };
 
-/// One token, straight through memory: decoding is bound by reading the coefficients.
-MGD_VECTORISED void step(const Channel& c, int64_t num_modes) {
-    const float u = *c.x;
+/// What one token adds to y, straight through memory: decoding is bound by reading the coefficients.
+MGD_VECTORISED float step(const Modes& modes, int64_t num_modes, float u) {
     float sum = 0;
     for (int64_t n = 0; n < num_modes; ++n) {
-        const float re = c.q[2 * n] * c.past[2 * n] - c.q[2 * n + 1] * c.past[2 * n + 1] + c.p[n] * u;
-        const float im = c.q[2 * n] * c.past[2 * n + 1] + c.q[2 * n + 1] * c.past[2 * n];
-        c.present[2 * n] = re;
-        c.present[2 * n + 1] = im;
-        sum += c.gamma[2 * n] * re - c.gamma[2 * n + 1] * im;
+        const float re =
+            modes.q[2 * n] * modes.past[2 * n] - modes.q[2 * n + 1] * modes.past[2 * n + 1] + modes.p[n] * u;
+        const float im = modes.q[2 * n] * modes.past[2 * n + 1] + modes.q[2 * n + 1] * modes.past[2 * n];
+        modes.present[2 * n] = re;
+        modes.present[2 * n + 1] = im;
+        sum += modes.gamma[2 * n] * re - modes.gamma[2 * n + 1] * im;
     }
-    *c.y = sum + c.omega * u;
+    return sum;
 }
 
-/// All tokens for up to kModes modes, whose parts are added to y.
-MGD_VECTORISED void run(const Channel& c, int64_t num_modes) {
+/// Takes x [T] through up to kModes modes, whose parts are added to y [T].
+MGD_VECTORISED void run(const Modes& modes, int64_t num_modes, const float* x, float* y, int64_t num_tokens) {
     float re[kModes] = {}, im[kModes] = {}, p[kModes] = {};
     float qr[kModes] = {}, qi[kModes] = {}, gr[kModes] = {}, gi[kModes] = {};
     for (int64_t n = 0; n < num_modes; ++n) {
-        re[n] = c.past[2 * n], im[n] = c.past[2 * n + 1], p[n] = c.p[n];
-        qr[n] = c.q[2 * n], qi[n] = c.q[2 * n + 1];
-        gr[n] = c.gamma[2 * n], gi[n] = c.gamma[2 * n + 1];
+        re[n] = modes.past[2 * n], im[n] = modes.past[2 * n + 1], p[n] = modes.p[n];
+        qr[n] = modes.q[2 * n], qi[n] = modes.q[2 * n + 1];
+        gr[n] = modes.gamma[2 * n], gi[n] = modes.gamma[2 * n + 1];
     }
-    for (int64_t t = 0; t < c.num_tokens; ++t) {
-        const float u = c.x[t * c.stride];
+    for (int64_t t = 0; t < num_tokens; ++t) {
         float sum = 0;
         for (int64_t n = 0; n < kModes; ++n) {
-            const float next = qr[n] * re[n] - qi[n] * im[n] + p[n] * u;
+            const float next = qr[n] * re[n] - qi[n] * im[n] + p[n] * x[t];
             im[n] = qr[n] * im[n] + qi[n] * re[n];
             re[n] = next;
             sum += gr[n] * re[n] - gi[n] * im[n];
         }
-        c.y[t * c.stride] += sum;
+        y[t] += sum;
     }
     for (int64_t n = 0; n < num_modes; ++n)
-        c.present[2 * n] = re[n], c.present[2 * n + 1] = im[n];
+        modes.present[2 * n] = re[n], modes.present[2 * n + 1] = im[n];
+}
+
+/// The tensors of a call.
+struct Ema {
+    const float *x, *past;               // [B, T, D], [B, D, N, 2]
+    const int64_t* position;             // [B]
+    const float *p, *q, *gamma, *omega;  // [D, N], [D, N, 2], [D, N, 2], [D]
+    float *y, *present;                  // like x, like past
+    int64_t B, T, D, N;
+    const float* zeros;  // [N, 2]: the past of a fresh row
+
+    Modes modes(int64_t row, int64_t d) const {
+        const int64_t state = 2 * (row * D + d) * N;
+        return {p + d * N, q + 2 * d * N, gamma + 2 * d * N, position[row] == 0 ? zeros : past + state,
+                present + state};
+    }
+};
+
+/// All tokens of a row through the channels from `begin` to `end`, kChannels at most.
+void run_channels(const Ema& ema, int64_t row, int64_t begin, int64_t end) {
+    float x[kChannels][kTokens], y[kChannels][kTokens];
+    for (int64_t first = 0; first < ema.T; first += kTokens) {
+        const int64_t count = std::min(kTokens, ema.T - first), place = (row * ema.T + first) * ema.D;
+        for (int64_t t = 0; t < count; ++t) {
+            for (int64_t d = begin; d < end; ++d)
+                x[d - begin][t] = ema.x[place + t * ema.D + d];
+        }
+        for (int64_t d = begin; d < end; ++d) {
+            const float* u = x[d - begin];
+            float* out = y[d - begin];
+            for (int64_t t = 0; t < count; ++t)
+                out[t] = ema.omega[d] * u[t];
+            Modes modes = ema.modes(row, d);
+            if (first) modes.past = modes.present;
+            for (int64_t n = 0; n < ema.N; n += kModes)
+                run(modes.from(n), std::min(kModes, ema.N - n), u, out, count);
+        }
+        for (int64_t t = 0; t < count; ++t) {
+            for (int64_t d = begin; d < end; ++d)
+                ema.y[place + t * ema.D + d] = y[d - begin][t];
+        }
+    }
+}
+
+void step_channels(const Ema& ema, int64_t row, int64_t begin, int64_t end) {
+    for (int64_t d = begin; d < end; ++d) {
+        const float u = ema.x[row * ema.D + d];
+        ema.y[row * ema.D + d] = step(ema.modes(row, d), ema.N, u) + ema.omega[d] * u;
+    }
 }
 
 }  // namespace
@@ -72,29 +118,26 @@ void complex_ema(const Call& call) {
                   "coefficients of D channels and N modes");
     float* y = call.output(0, x.shape);
     float* present = call.output(1, past.shape);
-    const std::vector<float> zeros(static_cast<size_t>(N) * 2);  // the past of a fresh row
-    call.parallel(B * D, kGrain / (T * N), [&](int64_t begin, int64_t end) {
-        for (int64_t row_channel = begin; row_channel < end; ++row_channel) {
-            const int64_t row = row_channel / D, d = row_channel % D, first = row * T * D + d, state = row_channel * N;
-            const bool is_fresh = position.integers()[row] == 0;
-            Channel channel{is_fresh ? zeros.data() : past.floats() + 2 * state,
-                            p.floats() + d * N,
-                            powers.floats() + 2 * d * N,
-                            gamma.floats() + 2 * d * N,
-                            present + 2 * state,
-                            x.floats() + first,
-                            y + first,
-                            T,
-                            D,
-                            omega.floats()[d]};
-            if (T == 1) {
-                step(channel, N);
-                continue;
-            }
-            for (int64_t t = 0; t < T; ++t)
-                channel.y[t * D] = channel.omega * channel.x[t * D];
-            for (int64_t n = 0; n < N; n += kModes)
-                run(channel.from(n), std::min(kModes, N - n));
+    const std::vector<float> zeros(static_cast<size_t>(N) * 2);
+    const Ema ema{x.floats(),
+                  past.floats(),
+                  position.integers(),
+                  p.floats(),
+                  powers.floats(),
+                  gamma.floats(),
+                  omega.floats(),
+                  y,
+                  present,
+                  B,
+                  T,
+                  D,
+                  N,
+                  zeros.data()};
+    const int64_t groups = (D + kChannels - 1) / kChannels;
+    call.parallel(B * groups, kGrain / (T * N * kChannels), [&](int64_t first, int64_t last) {
+        for (int64_t group = first; group < last; ++group) {
+            const int64_t begin = group % groups * kChannels, end = std::min(begin + kChannels, D);
+            (T == 1 ? step_channels : run_channels)(ema, group / groups, begin, end);
         }
     });
 }

@@ -32,7 +32,7 @@ from megalodon_deploy.export.operators.schema import SIGNATURES
 Array = np.ndarray
 FLOAT32 = "float32"
 
-# B, T, D, N: one token and many, N below, at and above the modes of one pass, enough work for several threads.
+# B, T, D, N: one token and many, T, D and N below, at and above those of one pass, enough work for several threads.
 CEMA_SIZES = [
     (4, 1, 1, 1),
     (3, 1, 130, 16),
@@ -40,6 +40,7 @@ CEMA_SIZES = [
     (2, 63, 9, 4),
     (2, 65, 33, 17),
     (3, 257, 8, 16),
+    (2, 128, 16, 3),
     (1, 7, 5, 40),
 ]
 # B, T, D, G: groups of one scalar and of many, enough work for several threads.

@@ -66,7 +66,7 @@ class SavedStream:
 
     def write(self, path: Path, config: MegalodonConfig) -> None:
         """Write the file, whole or not at all. Raises `StateError` when the stream has gone non-finite."""
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         check(self, config, "the stream cannot be saved")
         draws = [] if self.generator is None else [self.generator.seed, self.generator.draws]
@@ -85,7 +85,8 @@ class SavedStream:
             "model_fingerprint": self.model_fingerprint,
         }
         with atomic_file(path) as temporary:
-            save_file({name: _storable(array) for name, array in tensors.items()}, temporary, metadata)
+            # Its save_file would write another file first, of another name and with rights for this user alone.
+            temporary.write_bytes(save({name: _storable(array) for name, array in tensors.items()}, metadata))
 
     def tensors_as(self, activation: np.dtype, config: MegalodonConfig) -> dict[str, np.ndarray]:
         """The tensors with key and value rows in a backend's type. Raises `StateError` on overflow."""

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch import distributed as dist
 
@@ -34,7 +34,13 @@ from megalodon_deploy.config import MegalodonConfig
 from megalodon_deploy.errors import CheckpointError, TrainError
 from megalodon_deploy.files import atomic_directory, atomic_file
 from megalodon_deploy.model.checkpoint import TokenizerSource
-from megalodon_deploy.model.checkpoint.native import PARTS_FOLDER, WEIGHTS_FILE, write_config, write_native
+from megalodon_deploy.model.checkpoint.native import (
+    PARTS_FOLDER,
+    WEIGHTS_FILE,
+    save_tensors,
+    write_config,
+    write_native,
+)
 from megalodon_deploy.model.checkpoint.parts import open_parts
 from megalodon_deploy.model.checkpoint.recognise import LATEST_OF_RUN
 from megalodon_deploy.model.checkpoint.tensor_file import open_tensor_file
@@ -107,7 +113,7 @@ class RunFolder:
             if group is None:
                 write_native(directory, config, snapshot.weights, tokenizer)
                 training.mkdir()
-                save_file(snapshot.moments, training / _MOMENTS)
+                save_tensors(snapshot.moments, training / _MOMENTS)
             else:
                 save_parts(directory / PARTS_FOLDER, snapshot.weights, group)
                 save_parts(training / _MOMENT_PARTS, snapshot.moments, group)
@@ -117,7 +123,7 @@ class RunFolder:
                 write_config(directory, config, tokenizer, parts)
             if tokenizer.file:
                 shutil.copyfile(tokenizer.file, directory / tokenizer.file.name)
-            save_file(snapshot.stream, training / _STREAM)
+            save_tensors(snapshot.stream, training / _STREAM)
             (training / _PROGRESS).write_text(json.dumps(progress, indent=1) + "\n", encoding="utf-8")
         self.link(best_step)
         for old in self.steps()[: -self.keep]:

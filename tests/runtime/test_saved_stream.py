@@ -87,13 +87,21 @@ def test_saving_replaces_the_old_file_or_leaves_it(
     stream = session.stream()
     stream.prefill([1])
     with monkeypatch.context() as patch:
-        patch.setattr("safetensors.numpy.save_file", fails)
+        patch.setattr(Path, "write_bytes", fails)
         with pytest.raises(OSError, match="no space"):
             stream.save(saved_path)
     assert saved_path.read_bytes() == before
     stream.save(saved_path)
     assert load_file(saved_path)["position"].tolist() == [1]
     assert [path.name for path in saved_path.parent.iterdir()] == [saved_path.name]
+
+
+def test_the_file_has_ordinary_permissions(session: Session, tmp_path: Path) -> None:
+    (tmp_path / "ordinary").touch()
+    stream = session.stream()
+    stream.prefill([1])
+    stream.save(tmp_path / "saved")
+    assert (tmp_path / "saved").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
 
 
 @pytest.mark.parametrize("activation", [np.float32, np.float16, ml_dtypes.bfloat16])

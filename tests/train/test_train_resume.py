@@ -112,6 +112,15 @@ def test_the_latest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert steps == sorted({best, 7, 8})
 
 
+def test_checkpoints_have_ordinary_permissions(tmp_path: Path) -> None:
+    (tmp_path / "ordinary").touch()
+    latest = train(tiny_run(tmp_path, run__steps=2)).path / "latest"
+    expected = (tmp_path / "ordinary").stat().st_mode
+    modes = {file.name: file.stat().st_mode for file in latest.resolve().rglob("*") if file.is_file()}
+    assert len(modes) > 4
+    assert {name: mode for name, mode in modes.items() if mode != expected} == {}
+
+
 def test_the_best_model_is_on_disk_whenever_it_was_found(tmp_path: Path) -> None:
     times = {"checkpoint__every_steps": 4, "checkpoint__keep": 1, "evaluation__every_steps": 3}
     out = train(tiny_run(tmp_path, run__steps=8, **times)).path

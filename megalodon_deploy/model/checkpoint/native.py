@@ -5,7 +5,6 @@ Where ranks of a training run wrote parts, `config.json` lists the files of the 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -94,8 +93,15 @@ def write_native(
     """Write `state` (released names, its own types) into `directory`."""
     write_config(directory, config, tokenizer)
     tensors = {spec.name: state[spec.name].detach().cpu().contiguous() for spec in parameter_specs(config)}
-    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": FORMAT})
-    shutil.copymode(directory / CONFIG_FILE, directory / WEIGHTS_FILE)  # safetensors lets nobody else read it
+    save_tensors(tensors, directory / WEIGHTS_FILE, metadata={"format": FORMAT})
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file with the rights of any new file: safetensors itself lets nobody else read it."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata)
+    path.chmod(mode)
 
 
 def write_config(

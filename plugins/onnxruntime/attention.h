@@ -13,14 +13,14 @@
 
 namespace megalodon::ort {
 
-/// What is stored for a number, without its scale: float32, int8, or the bits of fp8 e4m3.
-MGD_INLINE float number(float value) {
+/// An element of a row without its scale, stored as float32, int8, or the bits of fp8 e4m3.
+MGD_INLINE float to_float(float value) {
     return value;
 }
-MGD_INLINE float number(int8_t code) {
+MGD_INLINE float to_float(int8_t code) {
     return code;
 }
-MGD_INLINE float number(uint8_t bits_e4m3) {
+MGD_INLINE float to_float(uint8_t bits_e4m3) {
     // Exponent and fraction in their places of a float32, whose exponents start 120 lower; all ones are NaN.
     const uint32_t magnitude = bits_e4m3 & 0x7fu;
     const uint32_t bits = (bits_e4m3 & 0x80u) << 24 | (magnitude == 0x7fu ? 0x7fc00000u : magnitude << 20);
@@ -48,7 +48,7 @@ struct Rows {
     template <typename Element>
     MGD_INLINE const float* converted(const Element* codes, float* scratch) const {
         for (int64_t i = 0; i < width; ++i)
-            scratch[i] = number(codes[i]);
+            scratch[i] = to_float(codes[i]);
         return scratch;
     }
 };

@@ -26,21 +26,21 @@ MGD_INLINE float dot(const float* a, const Element* b, int64_t size) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < size; ++i)
-        sum += a[i] * number(b[i]);
+        sum += a[i] * to_float(b[i]);
     return sum;
 }
 
-/// Products of a with four rows, one behind the other.
+/// products [4] of a [size] with rows [4, size].
 template <typename Element>
 MGD_INLINE void dot_four(const float* a, const Element* rows, int64_t size, float* products) {
     const Element *row1 = rows + size, *row2 = row1 + size, *row3 = row2 + size;
     float sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
 #pragma omp simd reduction(+ : sum0, sum1, sum2, sum3)
     for (int64_t i = 0; i < size; ++i) {
-        sum0 += a[i] * number(rows[i]);
-        sum1 += a[i] * number(row1[i]);
-        sum2 += a[i] * number(row2[i]);
-        sum3 += a[i] * number(row3[i]);
+        sum0 += a[i] * to_float(rows[i]);
+        sum1 += a[i] * to_float(row1[i]);
+        sum2 += a[i] * to_float(row2[i]);
+        sum3 += a[i] * to_float(row3[i]);
     }
     products[0] = sum0, products[1] = sum1, products[2] = sum2, products[3] = sum3;
 }
@@ -49,11 +49,11 @@ template <typename Element>
 MGD_INLINE void add_scaled(float* out, const Element* row, float factor, int64_t size) {
 #pragma omp simd
     for (int64_t i = 0; i < size; ++i)
-        out[i] += factor * number(row[i]);
+        out[i] += factor * to_float(row[i]);
 }
 
-/// The same with four rows, one behind the other. The four behind them are asked for meanwhile: a processor foresees
-/// what lies on a page from its first reads there, and rows of codes are shorter than a page.
+/// The same with rows [4, size] and factors [4]. The four rows behind them are asked for meanwhile: a processor
+/// foresees what lies on a page from its first reads there, and rows of codes are shorter than a page.
 template <typename Element>
 MGD_INLINE void add_four_scaled(float* out, const Element* rows, const float* factors, int64_t size) {
     const Element *row1 = rows + size, *row2 = row1 + size, *row3 = row2 + size;
@@ -67,14 +67,14 @@ MGD_INLINE void add_four_scaled(float* out, const Element* rows, const float* fa
         }
 #pragma omp simd
         for (int64_t i = begin; i < end; ++i) {
-            const float first_two = factor0 * number(rows[i]) + factor1 * number(row1[i]);
-            out[i] += first_two + (factor2 * number(row2[i]) + factor3 * number(row3[i]));
+            const float first_two = factor0 * to_float(rows[i]) + factor1 * to_float(row1[i]);
+            out[i] += first_two + (factor2 * to_float(row2[i]) + factor3 * to_float(row3[i]));
         }
     }
 }
 
 /// Codes are taken by four rows: they are converted without passing through memory, and `total` is read and written
-/// less often. Rows of float32 come from memory no faster than one at a time takes them.
+/// less often. Rows of float32 are taken one at a time: memory brings them no faster.
 template <typename Element>
 MGD_INLINE void attend_rows(const float* q, const Rows& keys, const Rows& values, Part& part, float* total) {
     const auto* key = static_cast<const Element*>(keys.data) + part.first * keys.width;

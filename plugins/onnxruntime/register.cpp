@@ -1,6 +1,8 @@
 // The library's one entry: ONNX Runtime calls it with the session's options, and finds the operators.
 
 #include <exception>
+#include <map>
+#include <mutex>
 #include <new>
 
 #include "megalodon/state_layout.h"
@@ -139,29 +141,29 @@ CustomOperator quantized_matmul_operator() {
     return op;
 }
 
-/// All operators, for every session that has this library: sessions only read them.
-class Domain {
- public:
-    explicit Domain(const Api& api) : api_(api) {
-        check(api_, api_.call<CreateCustomOpDomain>(kOperatorDomain, &domain_));
-        static const CustomOperator operators[] = {chunk_attention_operator(), complex_ema_operator(),
-                                                   timestep_norm_operator()};
-        for (const CustomOperator& op : operators)
-            check(api_, api_.call<CustomOpDomainAdd>(domain_, &op));
-        // On other processors ONNX Runtime takes the function's body, and its own MatMulNBits.
-        static const CustomOperator product = quantized_matmul_operator();
-        if (has_vnni()) check(api_, api_.call<CustomOpDomainAdd>(domain_, &product));
-    }
-    ~Domain() { api_.call<ReleaseCustomOpDomain>(domain_); }  // where the library is unloaded
-    Domain(const Domain&) = delete;
-    Domain& operator=(const Domain&) = delete;
+CustomOpDomain* make_domain(const Api& api) {
+    static const CustomOperator operators[] = {chunk_attention_operator(), complex_ema_operator(),
+                                               timestep_norm_operator()};
+    static const CustomOperator product = quantized_matmul_operator();
+    CustomOpDomain* domain = nullptr;
+    check(api, api.call<CreateCustomOpDomain>(kOperatorDomain, &domain));
+    for (const CustomOperator& op : operators)
+        check(api, api.call<CustomOpDomainAdd>(domain, &op));
+    // On other processors ONNX Runtime takes the function's body, and its own MatMulNBits.
+    if (has_vnni()) check(api, api.call<CustomOpDomainAdd>(domain, &product));
+    return domain;
+}
 
-    CustomOpDomain* get() const { return domain_; }
-
- private:
-    Api api_;
-    CustomOpDomain* domain_ = nullptr;
-};
+/// The domain for all sessions of one ONNX Runtime, of which a process may have several: Python's package and that of
+/// an application. It is never released: this library may be unloaded after the one that made it.
+CustomOpDomain* domain_of(const void* table) {
+    static std::mutex mutex;
+    static std::map<const void*, CustomOpDomain*> domains;
+    const std::lock_guard<std::mutex> lock(mutex);
+    CustomOpDomain*& domain = domains[table];
+    if (!domain) domain = make_domain(Api(table));
+    return domain;
+}
 
 }  // namespace
 }  // namespace megalodon::ort
@@ -176,8 +178,7 @@ extern "C" __attribute__((visibility("default"))) megalodon::ort::Status* Regist
     }
     const Api api(table);
     try {
-        static const Domain domain(api);
-        return api.call<AddCustomOpDomain>(options, domain.get());
+        return api.call<AddCustomOpDomain>(options, domain_of(table));
     } catch (const std::exception& error) {
         return api.call<CreateStatus>(kFail, error.what());
     }

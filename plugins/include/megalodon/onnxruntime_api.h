@@ -93,7 +93,6 @@ struct CustomOperator;
 using CreateCustomOpDomain = Function<Status*(const char* domain, CustomOpDomain** out), 26>;
 using CustomOpDomainAdd = Function<Status*(CustomOpDomain*, const CustomOperator*), 27>;
 using AddCustomOpDomain = Function<Status*(SessionOptions*, CustomOpDomain*), 28>;
-using ReleaseCustomOpDomain = Function<void(CustomOpDomain*), 101>;
 using GetTensorData = Function<Status*(Value*, void** out), 51>;
 using GetElementType = Function<Status*(const TensorInfo*, std::int32_t* out), 60>;
 using GetNumDimensions = Function<Status*(const TensorInfo*, std::size_t* out), 61>;
